@@ -1,0 +1,40 @@
+# make run    installs into .venv, runs the stages in order on preset tiny, prints one table
+# make test   the same set-up, then the whole suite
+# make run PYTHON=python3                  use an interpreter that already has torch, and make no .venv
+# make run TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"     choose the torch wheel (here: the CPU build)
+TORCH       ?= torch==2.13.0
+CONSTRAINTS ?= constraints-cpu.txt
+
+ifdef PYTHON
+PY    := $(PYTHON)
+SETUP :=
+else
+PY    := .venv/bin/python
+SETUP := .venv/.installed
+endif
+
+.PHONY: run test check clean
+run: $(SETUP)
+	@mkdir -p out && rm -f out/results.jsonl
+	$(PY) 01_nvfp4.py
+	$(PY) 02_mamba.py
+	$(PY) 03_latentmoe.py
+	$(PY) 04_model.py
+	$(PY) 05_pretrain.py --fresh
+	@$(PY) experiments/table.py summary
+
+test: $(SETUP)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+
+check: $(SETUP)
+	$(PY) -m ruff check .
+
+clean:
+	rm -rf out .venv
+
+.venv/.installed: pyproject.toml $(CONSTRAINTS)
+	python3 -m venv .venv
+	.venv/bin/python -m pip install -q -c $(CONSTRAINTS) $(TORCH)
+	.venv/bin/python -m pip install -q -c $(CONSTRAINTS) '.[test]'
+	@rm -rf build *.egg-info
+	@touch $@

@@ -1,0 +1,30 @@
+"""What every test needs: the repository on the import path, no network, one thread count, and a clear word when a package is in the way."""
+import importlib.metadata
+import os
+import sys
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1")   # the suite must pass with the cable pulled
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+def pytest_configure(config):
+    try:
+        importlib.metadata.version("kernels")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    # PITFALL: our folder kernels/ would hide that package, and transformers would import ours in its place.
+    raise pytest.UsageError("the PyPI package `kernels` is installed and clashes with this repository's folder kernels/: pip uninstall kernels")
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_everywhere():
+    """One thread and one seed: a test must not pass or fail by the machine it runs on."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,65 @@
+"""Runs the stages as `make run` does, times each, and keeps their result rows in experiments/results.jsonl, from which the README is rendered.
+
+Run:   python experiments/record.py             # about 8 min on 2 cores: the five stages
+       python experiments/record.py --suite     # and `make test` after them (with its installation when .venv does not exist)
+       python experiments/table.py readme       # then render
+"""
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("01_nvfp4.py", "02_mamba.py", "03_latentmoe.py", "04_model.py", "05_pretrain.py --fresh")
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def timed(command: list[str]) -> tuple[float, str]:
+    """Seconds and standard output; the output is shown as it comes. Stops the script when the command fails."""
+    start, lines = time.perf_counter(), []
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout: print(line, end="", flush=True); lines.append(line)
+    if process.returncode: raise SystemExit(f"{' '.join(command)} ended with exit code {process.returncode}: nothing is recorded for it.")
+    return time.perf_counter() - start, "".join(lines)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Times the stages and keeps their rows."""
+    suite: bool = False     # also time `make test`
+
+
+def main(config: Config) -> None:
+    sys.path.insert(0, str(ROOT))
+    nvfp4, here = importlib.import_module("01_nvfp4"), dict(cores=cores(), python=platform.python_version())
+    fresh = ROOT / "out" / "results.jsonl"
+    for stage in STAGES:
+        before = len(rows_of(fresh))
+        seconds, _ = timed([sys.executable, *stage.split()])
+        nvfp4.write_row(ROOT / "experiments", "command", command=f"python {stage}", seconds=round(seconds, 1), **here)
+        for row in rows_of(fresh)[before:]:
+            with (ROOT / "experiments" / "results.jsonl").open("a") as file: file.write(json.dumps(row) + "\n")
+    if config.suite:
+        seconds, output = timed(["make", "test"])
+        passed = re.search(r"(\d+) passed", output)
+        nvfp4.write_row(ROOT / "experiments", "command", command="make test", seconds=round(seconds, 1), passed=int(passed[1]), **here)
+
+
+if __name__ == "__main__":
+    import tyro
+    main(tyro.cli(Config, description=__doc__))
