@@ -78,7 +78,8 @@ def test_nothing_is_used_before_it_is_defined(path):
         for body in bodies:
             own = {n.id for n in ast.walk(body) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
             own |= {a.arg for n in ast.walk(body) if isinstance(n, ast.arguments) for a in n.args}
-            loads = {n.id for n in ast.walk(body) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+            later = {id(n) for call in ast.walk(body) if isinstance(call, ast.Lambda) for n in ast.walk(call.body)}      # runs when called
+            loads = {n.id for n in ast.walk(body) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load) and id(n) not in later}
             if isinstance(body, ast.AnnAssign): loads -= {n.id for n in ast.walk(body.annotation) if isinstance(n, ast.Name)}
             assert not loads - defined - own, f"line {node.lineno} uses {loads - defined - own} before it is defined"
         names = [node.name] if hasattr(node, "name") else [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
