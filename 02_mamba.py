@@ -1,0 +1,642 @@
+"""02 · Mamba-2: the layer that reads a sequence with a state of fixed size, from the recurrence to chunks of matrix products.
+
+You write the same sequence map three times: a recurrence (linear in time, one token after the other), a masked attention matrix (parallel,
+quadratic) and a chunked scan (parallel inside a chunk, linear over chunks). Around it grow a short convolution, a gated norm, the layer as
+Nemotron 3 releases it, and the one-token step with the cache that decoding uses.
+
+Left out: splitting one sequence over several GPUs (context parallelism; the state goes in and comes out of every function, which is the
+          door for it), states kept in 16 or 8 bits and rolled back after rejected drafts (decoding, stage 08), the Triton kernels.
+Sources:  [M2] Dao & Gu, Transformers are SSMs, 2405.21060; [M1] Gu & Dao, Mamba, 2312.00752; [Ultra] Nemotron 3 Ultra report, 2606.15007;
+          [Config] its released config.json; [HF] modeling_nemotron_h.py in transformers; [Megatron] Megatron-LM's Mamba mixer.
+Run:      python 02_mamba.py          # CPU, 10 s: compares the three rungs, shows what heads remember and what a cache costs, figures in out/
+Contents: 1 Documents and arguments   2 Recurrence   3 Quadratic form   4 Chunked scan   5 Causal convolution   6 Norms
+          7 One decode step   8 The layer and its cache   9 Measurements   10 Figures   11 Main
+Letters:  b batch  t time  s source time  d model width  h heads  g groups  p head width  n state  c conv channels  r flattened rows (b·t);
+          and in this file only: w taps of the convolution, i inner width (h·p), j heads of one group (h/g), q their rows (j·p)
+"""
+from __future__ import annotations
+
+import importlib
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+nvfp4 = importlib.import_module("01_nvfp4")
+
+
+# %% 1 · Documents and arguments
+# The map all three rungs compute, for one head with state S [p, n], input x [p], step dt > 0 and decay A < 0; B and C [n] are shared by the
+# heads of a group, as keys and queries are in grouped-query attention:
+#     S_t = exp(dt_t A) S_(t-1) + dt_t x_t B_tᵀ          y_t = S_t C_t + D x_t
+# A row may pack several documents and padding. A new document starts from a zero state. Padding is a token that is not there: dt = 0 leaves
+# the state alone, and its output is 0.
+
+def fill_padding(doc_bt: Tensor) -> Tensor:
+    """Document ids with padding (-1) given its neighbour's: the document before it, or at the left edge the one after.  -1 7 -1 8 -> 7 7 7 8."""
+    pad_bt, t = doc_bt < 0, doc_bt.shape[1]
+    real_bt = torch.arange(t, device=doc_bt.device).expand_as(doc_bt).masked_fill(pad_bt, -1).cummax(1).values   # last real token so far
+    first_b1 = (~pad_bt).int().argmax(1, keepdim=True)
+    return doc_bt.gather(1, torch.where(real_bt < 0, first_b1, real_bt))
+
+
+def segments(doc_bt: Tensor) -> Tensor:
+    """How many changes of document lie behind each token, int64 [b, t]: ids may come back.  0 0 1 -1 0 -> 0 0 1 1 2."""
+    filled_bt = fill_padding(doc_bt)
+    return F.pad(filled_bt[:, 1:] != filled_bt[:, :-1], (1, 0)).cumsum(1)
+
+
+def padding(doc_bt: Tensor | None) -> Tensor | None:
+    """Where padding is, bool [b, t], or None when there is none, as in most packed rows: every mask is a pass over the data."""
+    return (doc_bt < 0) if doc_bt is not None and (doc_bt < 0).any() else None
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that decays, states and norms are computed in: fp32, or fp64 for fp64 inputs."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def full_precision(x: Tensor):
+    """A context in which autocast leaves matrix products in the dtype they are written in."""
+    kind = x.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
+
+
+def check_shapes(shapes: dict[str, tuple[Tensor | None, tuple]], **letters: int) -> None:
+    """ValueError that names the argument whose shape does not fit; None is an argument left out."""
+    for name, (tensor, shape) in shapes.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            known = ", ".join(f"{letter}={size}" for letter, size in letters.items())
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)} where {shape} is needed (from the other arguments: {known}).")
+
+
+def prepare(x_bthp, dt_bth, A_h, B_btgn, C_btgn, D_h, state_bhpn, doc_bt):
+    """The rungs' arguments checked, in the wide dtype, with defaults in place and dt = 0 at padding (whose x must be finite), then the
+    segment of each token and where padding is."""
+    if x_bthp.dim() != 4 or B_btgn.dim() != 4:
+        raise ValueError(f"x is [b, t, h, p] and B is [b, t, g, n]: got {tuple(x_bthp.shape)} and {tuple(B_btgn.shape)}.")
+    (b, t, h, p), (g, n) = x_bthp.shape, B_btgn.shape[2:]
+    check_shapes({"dt_bth": (dt_bth, (b, t, h)), "A_h": (A_h, (h,)), "B_btgn": (B_btgn, (b, t, g, n)), "C_btgn": (C_btgn, (b, t, g, n)),
+                  "D_h": (D_h, (h,)), "state_bhpn": (state_bhpn, (b, h, p, n)), "doc_bt": (doc_bt, (b, t))}, b=b, t=t, h=h, p=p, g=g, n=n)
+    if t == 0: raise ValueError("the sequence is empty: pass at least one token.")
+    if h % g: raise ValueError(f"{h} heads cannot share B and C in {g} groups: the number of heads must be a multiple of the groups.")
+    if A_h.device.type == "cpu" and (A_h > 0).any():       # on a GPU the look would stop the queue
+        raise ValueError("A_h must not be positive, or states grow without bound: pass -exp(A_log).")
+    tensors = [x_bthp, dt_bth, A_h, B_btgn, C_btgn, x_bthp.new_zeros(h) if D_h is None else D_h,
+               x_bthp.new_zeros(b, h, p, n) if state_bhpn is None else state_bhpn]
+    x, dt, *others = (z.to(wide(x_bthp.dtype)) for z in tensors)
+    if doc_bt is None: return x, dt, *others, None, None
+    pad_bt = padding(doc_bt)
+    return x, dt if pad_bt is None else dt.masked_fill(pad_bt[..., None], 0), *others, segments(doc_bt), pad_bt
+
+
+def finish(y: Tensor, pad_bt: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """y [b, t, ...] in the caller's dtype, 0 at padding."""
+    return (y if pad_bt is None else y.masked_fill(pad_bt.view(*pad_bt.shape, *[1] * (y.dim() - 2)), 0)).to(dtype)
+
+
+# %% 2 · Recurrence  [M2, the SSM recurrence]
+# Rung 1, the definition. One step a token: nothing to get wrong, and nothing for a GPU to do in parallel.
+
+def ssd_recurrence(x_bthp, dt_bth, A_h, B_btgn, C_btgn, D_h=None, state_bhpn=None, doc_bt=None) -> tuple[Tensor, Tensor]:
+    """-> (y_bthp in x's dtype, final state_bhpn in fp32 or fp64). dt is after softplus and limits; A_h <= 0."""
+    dtype = x_bthp.dtype
+    x_bthp, dt_bth, A_h, B_btgn, C_btgn, D_h, S_bhpn, segment_bt, pad_bt = \
+        prepare(x_bthp, dt_bth, A_h, B_btgn, C_btgn, D_h, state_bhpn, doc_bt)
+    B_bthn, C_bthn = (z.repeat_interleave(x_bthp.shape[2] // z.shape[2], dim=2) for z in (B_btgn, C_btgn))
+    ys = []
+    for t in range(x_bthp.shape[1]):
+        if segment_bt is not None and t > 0:
+            S_bhpn = S_bhpn * (segment_bt[:, t] == segment_bt[:, t - 1])[:, None, None, None]
+        decay_bh = (dt_bth[:, t] * A_h).exp()
+        S_bhpn = decay_bh[..., None, None] * S_bhpn + torch.einsum("bh,bhp,bhn->bhpn", dt_bth[:, t], x_bthp[:, t], B_bthn[:, t])
+        ys.append(torch.einsum("bhpn,bhn->bhp", S_bhpn, C_bthn[:, t]) + D_h[:, None] * x_bthp[:, t])
+    return finish(torch.stack(ys, 1), pad_bt, dtype), S_bhpn
+
+
+# %% 3 · Quadratic form  [M2, state space duality]
+# Rung 2: unroll the recurrence and y = M x, a causal attention matrix without softmax, whose entries fade with the distance in steps dt:
+#     M_ts = (C_t · B_s) exp(cs_t - cs_s) dt_s   for s <= t,      cs_t = sum of dt A up to t
+# One product a head, and t² numbers: what the recurrence lacks in parallelism this pays in work.
+
+def ssd_quadratic(x_bthp, dt_bth, A_h, B_btgn, C_btgn, D_h=None, state_bhpn=None, doc_bt=None) -> tuple[Tensor, Tensor]:
+    """Same arguments and results as ssd_recurrence."""
+    dtype = x_bthp.dtype
+    x_bthp, dt_bth, A_h, B_btgn, C_btgn, D_h, S_bhpn, segment_bt, pad_bt = \
+        prepare(x_bthp, dt_bth, A_h, B_btgn, C_btgn, D_h, state_bhpn, doc_bt)
+    t, h = x_bthp.shape[1:3]
+    segment_bt = torch.zeros_like(dt_bth[..., 0]) if segment_bt is None else segment_bt
+    B_bthn, C_bthn = (z.repeat_interleave(h // z.shape[2], dim=2) for z in (B_btgn, C_btgn))
+    u_bthp, cs_bth = dt_bth[..., None] * x_bthp, (dt_bth * A_h).cumsum(1)
+
+    visible_bts = torch.ones(t, t, dtype=torch.bool, device=x_bthp.device).tril() & (segment_bt[:, :, None] == segment_bt[:, None, :])
+    # PITFALL: mask before exp. Above the diagonal cs_t - cs_s is positive: exp gives inf, and inf times a mask's 0 is NaN.
+    decay_btsh = (cs_bth[:, :, None] - cs_bth[:, None]).masked_fill(~visible_bts[..., None], -math.inf).exp()
+    M_btsh = torch.einsum("bthn,bshn->btsh", C_bthn, B_bthn) * decay_btsh
+    first_bth = cs_bth.exp() * (segment_bt == 0)[..., None]         # the incoming state is the first document's
+    y_bthp = torch.einsum("btsh,bshp->bthp", M_btsh, u_bthp) + torch.einsum("bth,bthn,bhpn->bthp", first_bth, C_bthn, S_bhpn)
+
+    S_bhpn = first_bth[:, -1, :, None, None] * S_bhpn + torch.einsum("bsh,bshp,bshn->bhpn", decay_btsh[:, -1], u_bthp, B_bthn)
+    return finish(y_bthp + D_h[:, None] * x_bthp, pad_bt, dtype), S_bhpn
+
+
+# %% 4 · Chunked scan  [M2, the SSD algorithm]
+# Rung 3: the quadratic form inside chunks, the recurrence between them. Per chunk of length L, with the state S that comes in:
+#     y = (C Bᵀ * decay) u + into * (C Sᵀ)            u = dt x,   into_t = exp(cs_t)            cs counted from the chunk's start
+#     S <- keep * S + (out * u)ᵀ B                    out_s = exp(cs_L - cs_s),   keep = exp(cs_L)
+# Work: t·L for the first product, t·n for the others. Heads of a group share C Bᵀ, and stand side by side as the q rows of one product with
+# B or C. Time is the last dimension, so that [h, p, t] and [g, q, t] are two views of one tensor.
+# A loop over chunks keeps one chunk's matrices in the processor's cache; the largest thing in memory is one state a chunk. And sums that
+# start anew with each chunk keep their digits: over thousands of tokens cs_t - cs_s is the small difference of two large numbers.
+
+class Chunk(NamedTuple):
+    """What the forward and the backward pass both need of one chunk; t is the token that reads, s the one that is read."""
+    u_bhpt: Tensor          # dt x
+    B_bgsn: Tensor
+    C_bgtn: Tensor
+    hidden_bgts: Tensor     # bool: s is later than t, or in another document
+    scores_bgts: Tensor     # C_t · B_s, 0 where hidden
+    decay_bhts: Tensor      # exp(cs_t - cs_s); hidden entries are finite and meaningless
+    into_bh1t: Tensor       # decay from the chunk's start to t; 0 once another document has begun
+    out_bh1s: Tensor        # decay from s to the chunk's end; 0 for documents that have ended by then
+    keep_bh11: Tensor       # decay of the incoming state over the whole chunk
+
+
+def fade(log_decay: Tensor) -> Tensor:
+    """exp, for exponents that are never positive where the result is used.
+
+    PITFALL: clamp before exp. Hidden entries are positive and would overflow to inf, and inf times a mask's 0 is NaN. And below exp(-87)
+    fp32 numbers are denormal, which a CPU multiplies many times more slowly: exp(-80) = 2e-35 is nothing and still a normal number.
+    """
+    return log_decay.clamp(-80, 0).exp_()
+
+
+def open_chunk(x_bthp, dt_bth, A_h, B_btgn, C_btgn, segment_bt, lo: int, hi: int) -> Chunk:
+    u_bhpt = (x_bthp[:, lo:hi] * dt_bth[:, lo:hi, :, None]).permute(0, 2, 3, 1).contiguous()
+    B_bgsn, C_bgtn = (z[:, lo:hi].transpose(1, 2).contiguous() for z in (B_btgn, C_btgn))
+    cs_bht = (dt_bth[:, lo:hi] * A_h).transpose(1, 2).cumsum(-1)
+    decay_bhts = fade(cs_bht[..., :, None] - cs_bht[..., None, :])
+    into_bh1t, out_bh1s = fade(cs_bht)[:, :, None], fade(cs_bht[..., -1:] - cs_bht)[:, :, None]
+
+    hidden_bgts = torch.ones(hi - lo, hi - lo, dtype=torch.bool, device=u_bhpt.device).triu(1)
+    if segment_bt is not None:
+        here_bt = segment_bt[:, lo:hi]
+        before_b1 = segment_bt[:, lo - 1:lo] if lo else torch.zeros_like(here_bt[:, :1])
+        hidden_bgts = (hidden_bgts | (here_bt[:, :, None] != here_bt[:, None, :]))[:, None]
+        into_bh1t = into_bh1t * (here_bt == before_b1)[:, None, None]
+        out_bh1s = out_bh1s * (here_bt == here_bt[:, -1:])[:, None, None]
+    scores_bgts = (C_bgtn @ B_bgsn.mT).masked_fill_(hidden_bgts, 0)
+    return Chunk(u_bhpt, B_bgsn, C_bgtn, hidden_bgts, scores_bgts, decay_bhts, into_bh1t, out_bh1s, into_bh1t[..., -1:])
+
+
+def by_group(z_bhpx: Tensor, groups: int) -> Tensor:
+    """[b, h, p, x] -> [b, g, q, x], a view."""
+    b, h, p, x = z_bhpx.shape
+    return z_bhpx.view(b, groups, h // groups * p, x)
+
+
+class _ChunkedScan(torch.autograd.Function):
+    """y and the final state. The backward pass opens each chunk again instead of storing its matrices."""
+
+    @staticmethod
+    def forward(ctx, x_bthp, dt_bth, A_h, B_btgn, C_btgn, D_h, S_bhpn, segment_bt, chunk: int, for_backward: bool):
+        t, g = x_bthp.shape[1], B_btgn.shape[2]
+        y_bthp, states = torch.empty_like(x_bthp, memory_format=torch.contiguous_format), [S_bhpn.clone(memory_format=torch.contiguous_format)]
+        for lo in range(0, t, chunk):
+            one, S_bhpn = open_chunk(x_bthp, dt_bth, A_h, B_btgn, C_btgn, segment_bt, lo, min(lo + chunk, t)), states[-1]
+            # 1. what the chunk's tokens give each other   2. what the state brings in   3. the state after the chunk
+            M_bhts = one.decay_bhts.unflatten(1, (g, -1)).mul_(one.scores_bgts[:, :, None]).flatten(1, 2)
+            y_bhpt = one.u_bhpt @ M_bhts.mT
+            y_bhpt += (by_group(S_bhpn, g) @ one.C_bgtn.mT).view_as(y_bhpt) * one.into_bh1t
+            y_bthp[:, lo:lo + chunk] = y_bhpt.permute(0, 3, 1, 2)
+            S_bhpn = S_bhpn * one.keep_bh11 + (by_group(one.u_bhpt * one.out_bh1s, g) @ one.B_bgsn).view_as(S_bhpn)
+            if not for_backward: states.clear()
+            states.append(S_bhpn)
+        if for_backward: ctx.save_for_backward(x_bthp, dt_bth, A_h, B_btgn, C_btgn, D_h, segment_bt, y_bthp, *states)
+        ctx.chunk = chunk
+        return torch.addcmul(y_bthp, x_bthp, D_h[:, None]), states[-1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_bthp, dS_bhpn):
+        """The usual rules for products. The decays need none: they enter as exp(cs_t - cs_s) only, so the gradient of cs gathers <dy, y>
+        at the token that reads, -<du, u> at the one that is read and <dS, S> at the chunk's end."""
+        x_bthp, dt_bth, A_h, B_btgn, C_btgn, D_h, segment_bt, y_bthp, *states = ctx.saved_tensors
+        t, g = x_bthp.shape[1], B_btgn.shape[2]
+        dx_bthp, ddt_bth, dB_btgn, dC_btgn = (torch.empty_like(z, memory_format=torch.contiguous_format) for z in (x_bthp, dt_bth, B_btgn, C_btgn))
+        dA_h, dD_h = torch.zeros_like(A_h), torch.zeros_like(D_h)
+        with full_precision(x_bthp):
+            for i in reversed(range(len(states) - 1)):
+                part = slice(i * ctx.chunk, min((i + 1) * ctx.chunk, t))
+                one = open_chunk(x_bthp, dt_bth, A_h, B_btgn, C_btgn, segment_bt, part.start, part.stop)
+                x, dt, dy = x_bthp[:, part], dt_bth[:, part], dy_bthp[:, part]
+                dy_bhpt, end_bh = dy.permute(0, 2, 3, 1).contiguous(), (dS_bhpn * states[i + 1]).sum((2, 3))
+                # 1. inside the chunk
+                decay_bgjts = one.decay_bhts.unflatten(1, (g, -1))
+                du_bhpt = dy_bhpt @ (decay_bgjts * one.scores_bgts[:, :, None]).flatten(1, 2)
+                dscores_bgts = decay_bgjts.mul_((dy_bhpt.mT @ one.u_bhpt).view_as(decay_bgjts)).sum(2).masked_fill_(one.hidden_bgts, 0)
+                # 2. through the state
+                dy_bgqt, u_bgqs = by_group(dy_bhpt * one.into_bh1t, g), by_group(one.u_bhpt * one.out_bh1s, g)
+                S_bgqn, dS_bgqn = by_group(states[i], g), by_group(dS_bhpn, g)
+                du_bhpt += (dS_bgqn @ one.B_bgsn.mT).view_as(du_bhpt) * one.out_bh1s
+                dB_btgn[:, part] = (u_bgqs.mT @ dS_bgqn + dscores_bgts.mT @ one.C_bgtn).transpose(1, 2)
+                dC_btgn[:, part] = (dy_bgqt.mT @ S_bgqn + dscores_bgts @ one.B_bgsn).transpose(1, 2)
+                dS_bhpn = dS_bhpn * one.keep_bh11 + (dy_bgqt @ one.C_bgtn).view_as(dS_bhpn)
+                # 3. u = dt x, the skip D x, and the decays: dt A of a token is part of every later cs
+                du = du_bhpt.permute(0, 3, 1, 2).contiguous()
+                dux = (du * x).sum(-1)
+                dcs = (dy * y_bthp[:, part]).sum(-1) - dt * dux
+                dcs[:, -1] += end_bh
+                da = dcs.flip(1).cumsum(1).flip(1)
+                torch.mul(du, dt[..., None], out=dx_bthp[:, part]).addcmul_(dy, D_h[:, None])
+                torch.addcmul(dux, da, A_h, out=ddt_bth[:, part])
+                dA_h += (da * dt).sum((0, 1))
+                dD_h += (dy * x).sum((0, 1, 3))
+        return dx_bthp, ddt_bth, dA_h, dB_btgn, dC_btgn, dD_h, dS_bhpn, None, None, None
+
+
+def ssd_chunked(x_bthp, dt_bth, A_h, B_btgn, C_btgn, D_h=None, chunk: int = 128, state_bhpn=None, doc_bt=None,
+                impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """Same results as ssd_recurrence, for any length. bf16 inputs are computed in fp32 and only y is rounded back.
+
+    ours: the backward pass is written by hand; autograd's through the same products is slower and stores every chunk's matrices.
+    """
+    if twin := nvfp4.find_twin("ssd", "ssd_chunked", impl, x_bthp):
+        return twin(x_bthp, dt_bth, A_h, B_btgn, C_btgn, D_h, chunk, state_bhpn, doc_bt)
+    if chunk < 1: raise ValueError(f"chunk={chunk}: a chunk holds at least one token.")
+    x, dt, A, B, C, D, S, segment_bt, pad_bt = prepare(x_bthp, dt_bth, A_h, B_btgn, C_btgn, D_h, state_bhpn, doc_bt)
+    with full_precision(x):
+        y, S = _ChunkedScan.apply(x, dt, A, B, C, D, S, segment_bt, chunk, torch.is_grad_enabled())
+        return finish(y, pad_bt, x_bthp.dtype), S
+
+
+# %% 5 · Causal convolution  [M1, the Mamba block]
+# Every channel mixes its last w inputs, y_t = silu(bias + sum_k weight_k x_(t-w+1+k)), before the scan sees it: with w = 4 a head can tell
+# "the token after a comma" without spending state on it. The last w - 1 inputs are the window that the next call starts from.
+# Documents must not see each other and padding must not be seen, so they are laid on a longer tape: real tokens only, w - 1 zeros before each
+# new document. One ordinary convolution over the tape then serves all.
+
+def depthwise(tape_btc: Tensor, weight_c1w: Tensor) -> Tensor:
+    """[b, t + w - 1, c] -> [b, t, c]. As a 2D convolution of height 1: PyTorch runs that one on channels-last data as it lies."""
+    if tape_btc.shape[1] == weight_c1w.shape[-1]:                       # one token: calling a convolution costs more than its work
+        return (tape_btc * weight_c1w[:, 0].T).sum(1, keepdim=True)
+    return F.conv2d(tape_btc.mT.unsqueeze(2), weight_c1w.unsqueeze(2), groups=tape_btc.shape[-1]).squeeze(2).mT
+
+
+def tape_slots(doc_bt: Tensor, w: int) -> tuple[Tensor, Tensor]:
+    """Each token's slot on the tape [b, t], padding at -1, and the slot of the row's last token [b]; the window lies in slots 0 .. w-2.
+
+    Two documents, w = 4:   5 5 -1 6 -> 3 4 -1 8, as slots 5 6 7 hold the zeros.
+    """
+    real_bt = doc_bt >= 0
+    slot_bt = (w - 1) * (1 + segments(doc_bt)) + real_bt.cumsum(1) - 1
+    return slot_bt.masked_fill(~real_bt, -1), slot_bt.masked_fill(~real_bt, w - 2).amax(1)
+
+
+def causal_conv1d(x_btc: Tensor, weight_c1w: Tensor, bias_c: Tensor, window: Tensor | None = None, doc_bt: Tensor | None = None,
+                  impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """-> (silu of the convolution [b, t, c], the window for the next call [b, w-1, c]), both in x's dtype, computed in fp32 or fp64.
+
+    window: the inputs before x, None = zeros. It belongs to the first document of doc_bt; the one returned holds the last document's inputs.
+    """
+    if twin := nvfp4.find_twin("conv1d", "causal_conv1d", impl, x_btc): return twin(x_btc, weight_c1w, bias_c, window, doc_bt)
+    (b, t, c), w = x_btc.shape, weight_c1w.shape[-1]
+    check_shapes({"weight_c1w": (weight_c1w, (c, 1, w)), "bias_c": (bias_c, (c,)), "window": (window, (b, w - 1, c)), "doc_bt": (doc_bt, (b, t))},
+                 b=b, t=t, c=c, w=w)
+    x, weight, bias = (z.to(wide(x_btc.dtype)) for z in (x_btc, weight_c1w, bias_c))
+    window = x.new_zeros(b, w - 1, c) if window is None else window.to(x.dtype)
+    with full_precision(x):
+        if doc_bt is None:
+            tape = torch.cat([window, x], 1)
+            y, window = depthwise(tape, weight), tape[:, t:]
+        else:
+            slot_bt, last_b = tape_slots(doc_bt, w)
+            length = int(last_b.max()) + 2                              # one more slot at the end, where padding is thrown
+            row_b1 = torch.arange(b, device=x.device)[:, None]
+            put_r = (row_b1 * length + torch.where(slot_bt < 0, length - 1, slot_bt)).flatten()
+            take_r = (row_b1 * (length - w + 1) + (slot_bt - w + 1).clamp(min=0)).flatten()
+            tape = F.pad(window, (0, 0, 0, length - w + 1)).flatten(0, 1).index_copy_(0, put_r, x.flatten(0, 1)).view(b, length, c)
+            y = depthwise(tape, weight).flatten(0, 1).index_select(0, take_r).view(b, t, c)
+            window = tape[row_b1, last_b[:, None] + torch.arange(2 - w, 1, device=x.device)]
+        # the bias is added here because the convolution's own gradient for it is slow on channels-last data
+        y = F.silu(y + bias)
+    return finish(y, padding(doc_bt), x_btc.dtype), window.to(x_btc.dtype)
+
+
+# %% 6 · Norms  [HF; Megatron]
+# RMSNorm divides a token by its root mean square and learns one factor a channel. Mamba's output norm is gated and works group by group, so
+# that a group's heads can live on one GPU:  u = y * silu(z),  then RMSNorm of each of the g parts of u.
+
+def inverse_rms(u: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean of squares over the last dimension + eps). Not .mean(): its gradient writes a whole tensor of 1/width first."""
+    return torch.rsqrt(u.square().sum(-1, keepdim=True) / u.shape[-1] + eps)
+
+
+def rmsnorm(x: Tensor, weight: Tensor, eps: float = 1e-5, impl: str = "auto") -> Tensor:
+    """x / rms(x) * weight over the last dimension: in fp32 (or fp64) up to and with the weight, then back to x's dtype."""
+    if twin := nvfp4.find_twin("norm", "rmsnorm", impl, x): return twin(x, weight, eps)
+    u = x.to(wide(x.dtype))
+    return (u * inverse_rms(u, eps) * weight).to(x.dtype)
+
+
+def gated_rmsnorm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float = 1e-5, impl: str = "auto") -> Tensor:
+    """norm(y * silu(z)) group by group over the last dimension, times weight; in fp32 (or fp64), then back to y's dtype.
+
+    PITFALL: the gate comes first. The other order, silu(z) * norm(y), exists in other Mamba-2 code and gives a model that half works.
+    """
+    if twin := nvfp4.find_twin("norm", "gated_rmsnorm", impl, y): return twin(y, z, weight, groups, eps)
+    if y.shape != z.shape or y.shape[-1] % groups:
+        raise ValueError(f"y and z must have one shape whose last dimension splits into {groups} groups: got {tuple(y.shape)} and {tuple(z.shape)}.")
+    u = (y.to(wide(y.dtype)) * F.silu(z.to(wide(y.dtype)))).unflatten(-1, (groups, -1))
+    return ((u * inverse_rms(u, eps)).flatten(-2) * weight).to(y.dtype)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor, impl: str = "auto") -> Tensor:
+        return rmsnorm(x, self.weight, self.eps, impl)
+
+
+class GatedRMSNorm(RMSNorm):
+    def __init__(self, width: int, groups: int, eps: float = 1e-5):
+        super().__init__(width, eps)
+        self.groups = groups
+
+    def forward(self, y: Tensor, z: Tensor, impl: str = "auto") -> Tensor:
+        return gated_rmsnorm(y, z, self.weight, self.groups, self.eps, impl)
+
+
+# %% 7 · One decode step
+# While writing text the model gets one token a call, and the recurrence is the fastest form: read the state once, write it once. The cost
+# does not depend on how long the text already is.
+
+def ssd_step(x_bhp, dt_bh, A_h, B_bgn, C_bgn, D_h=None, state_bhpn=None, doc_b=None, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """-> (y_bhp, state_bhpn). The state is overwritten in place (None = zeros); it must be fp32 or fp64 and contiguous.
+
+    doc_b: a row at -1 has no token now: its y is 0 and its state stays. For decoding: autograd cannot look through overwritten states.
+    """
+    if twin := nvfp4.find_twin("state_update", "ssd_step", impl, x_bhp): return twin(x_bhp, dt_bh, A_h, B_bgn, C_bgn, D_h, state_bhpn, doc_b)
+    (b, h, p), (g, n) = x_bhp.shape, B_bgn.shape[1:]
+    check_shapes({"dt_bh": (dt_bh, (b, h)), "A_h": (A_h, (h,)), "B_bgn": (B_bgn, (b, g, n)), "C_bgn": (C_bgn, (b, g, n)), "D_h": (D_h, (h,)),
+                  "state_bhpn": (state_bhpn, (b, h, p, n)), "doc_b": (doc_b, (b,))}, b=b, h=h, p=p, g=g, n=n)
+    if h % g: raise ValueError(f"{h} heads cannot share B and C in {g} groups: the number of heads must be a multiple of the groups.")
+    S_bhpn = torch.zeros(b, h, p, n, device=x_bhp.device, dtype=wide(x_bhp.dtype)) if state_bhpn is None else state_bhpn
+    if S_bhpn.dtype != wide(S_bhpn.dtype) or not S_bhpn.is_contiguous():
+        raise ValueError(f"the state must be contiguous and fp32 or fp64, not {S_bhpn.dtype}: make it with Mamba2.empty_cache.")
+    x, dt, A, B, C = (z.to(S_bhpn.dtype) for z in (x_bhp, dt_bh, A_h, B_bgn, C_bgn))
+    if doc_b is not None: dt = dt.masked_fill(doc_b[:, None] < 0, 0)
+    with full_precision(x):
+        S_bhpn.mul_((dt * A).exp()[..., None, None])
+        by_group(S_bhpn, g).addcmul_(by_group((dt[..., None] * x)[..., None], g), B[:, :, None])
+        y_bhp = (by_group(S_bhpn, g) @ C[..., None]).view(b, h, p)
+        if D_h is not None: y_bhp = torch.addcmul(y_bhp, x, D_h[:, None].to(x.dtype))
+    return (y_bhp if doc_b is None else y_bhp.masked_fill(doc_b[:, None, None] < 0, 0)).to(x_bhp.dtype), S_bhpn
+
+
+# %% 8 · The layer and its cache  [HF; Megatron]
+# One matrix makes everything at once: gate z, input x, B, C (these three pass the convolution) and a raw step per head. A token therefore
+# chooses how much to write (dt, B), what to read (C) and how fast to forget (dt again). The recurrence stays linear; what makes it
+# a language model's layer is that its coefficients depend on the text.
+
+@dataclass
+class MambaCache:
+    """What one layer keeps of a sequence, whatever its length. Mamba2.forward updates both tensors in place; they carry values, not gradients."""
+    window_btc: Tensor      # the last w - 1 inputs of the convolution
+    state_bhpn: Tensor      # fp32 (fp64 for an fp64 model): rewritten once a token, so rounding would add up
+
+    @property
+    def nbytes(self) -> int:
+        return self.window_btc.nbytes + self.state_bhpn.nbytes
+
+
+class Mamba2(nn.Module):
+    """x [b, t, d] -> [b, t, d]. Parameters carry the released names and shapes; in_proj's rows are z | x | B | C | dt."""
+
+    def __init__(self, d_model: int, heads: int, head_dim: int, groups: int, state: int, conv_kernel: int = 4, chunk: int = 128,
+                 time_step_limit: tuple[float, float] = (0.0, math.inf), eps: float = 1e-5, dt_min: float = 1e-3, dt_max: float = 0.1,
+                 dt_floor: float = 1e-4):
+        super().__init__()
+        sizes = dict(d_model=d_model, heads=heads, head_dim=head_dim, groups=groups, state=state, conv_kernel=conv_kernel, chunk=chunk)
+        if min(sizes.values()) < 1: raise ValueError(f"every size of a Mamba2 layer must be at least 1: got {sizes}.")
+        if heads % groups: raise ValueError(f"heads={heads} must be a multiple of groups={groups}: the heads of a group share B and C.")
+        if not 0 <= time_step_limit[0] < time_step_limit[1]:
+            raise ValueError(f"time_step_limit={time_step_limit} must be (low, high) with 0 <= low < high.")
+        self.heads, self.head_dim, self.groups, self.state, self.chunk = heads, head_dim, groups, state, chunk
+        self.time_step_limit = time_step_limit
+        inner, conv = heads * head_dim, heads * head_dim + 2 * groups * state
+        self.in_proj = nn.Linear(d_model, inner + conv + heads, bias=False)
+        self.conv1d = nn.Conv1d(conv, conv, conv_kernel, groups=conv)        # holds weight and bias; causal_conv1d computes
+        self.norm = GatedRMSNorm(inner, groups, eps)
+        self.out_proj = nn.Linear(inner, d_model, bias=False)
+        # NOTE: A in (1, 16) and dt in (dt_min, dt_max) as the training code draws them  [Megatron]. The released modeling file starts from
+        # A = 1, 2, .. heads instead; whoever loads a checkpoint never sees the difference.
+        dt_h = torch.empty(heads).uniform_(math.log(dt_min), math.log(dt_max)).exp().clamp(min=dt_floor)
+        self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
+        self.dt_bias = nn.Parameter(dt_h + (-torch.expm1(-dt_h)).log())      # inverse of softplus
+        self.D = nn.Parameter(torch.ones(heads))
+
+    def empty_cache(self, batch: int, device=None, dtype: torch.dtype | None = None) -> MambaCache:
+        """Zeros for `batch` new sequences; dtype (of the activations) is the window's, the state is fp32 or fp64."""
+        dtype = dtype or self.conv1d.weight.dtype
+        conv, taps = self.conv1d.weight.shape[0], self.conv1d.weight.shape[-1]
+        return MambaCache(torch.zeros(batch, taps - 1, conv, device=device, dtype=dtype),
+                          torch.zeros(batch, self.heads, self.head_dim, self.state, device=device, dtype=wide(dtype)))
+
+    def forward(self, x_btd: Tensor, doc_bt: Tensor | None = None, cache: MambaCache | None = None, impl: str = "auto") -> Tensor:
+        """doc_bt: document ids, -1 is padding. With a cache the tokens follow those it has seen; prefill in pieces equals all at once."""
+        h, p, g, n = self.heads, self.head_dim, self.groups, self.state
+        window, S_bhpn = (None, None) if cache is None else (cache.window_btc, cache.state_bhpn)
+        z_bti, xBC_btc, dt_bth = self.in_proj(x_btd).split([h * p, h * p + 2 * g * n, h], dim=-1)
+        xBC_btc, window = causal_conv1d(xBC_btc, self.conv1d.weight, self.conv1d.bias, window, doc_bt, impl)
+        x_bti, B_bti, C_bti = xBC_btc.split([h * p, g * n, g * n], dim=-1)
+        x_bthp, B_btgn, C_btgn = x_bti.unflatten(-1, (h, p)), B_bti.unflatten(-1, (g, n)), C_bti.unflatten(-1, (g, n))
+        dt_bth = F.softplus(dt_bth.to(wide(dt_bth.dtype)) + self.dt_bias).clamp(*self.time_step_limit)
+        A_h = -self.A_log.to(dt_bth.dtype).exp()
+
+        # NOTE: the step overwrites its state, so a single token that needs gradients takes the scan
+        if cache is not None and x_btd.shape[1] == 1 and not torch.is_grad_enabled():
+            doc_b = None if doc_bt is None else doc_bt[:, 0]
+            y_bhp, S_bhpn = ssd_step(x_bthp[:, 0], dt_bth[:, 0], A_h, B_btgn[:, 0], C_btgn[:, 0], self.D, S_bhpn, doc_b, impl)
+            y_bthp = y_bhp[:, None]
+        else:
+            y_bthp, S_bhpn = ssd_chunked(x_bthp, dt_bth, A_h, B_btgn, C_btgn, self.D, self.chunk, S_bhpn, doc_bt, impl)
+        if cache is not None:
+            cache.window_btc.copy_(window.detach())
+            cache.state_bhpn.copy_(S_bhpn.detach())
+        return self.out_proj(self.norm(y_bthp.flatten(2), z_bti, impl))
+
+
+# %% 9 · Measurements
+
+def random_inputs(b: int, t: int, h: int, p: int, g: int, n: int, seed: int, dtype=torch.float32) -> tuple[Tensor, ...]:
+    """x, dt, A, B, C, D with steps and decays as a fresh layer has them."""
+    rng = torch.Generator().manual_seed(seed)
+    x, B, C = (torch.randn(b, t, *size, generator=rng, dtype=torch.float64) for size in ((h, p), (g, n), (g, n)))
+    dt = torch.empty(b, t, h, dtype=torch.float64).uniform_(math.log(1e-3), math.log(0.1), generator=rng).exp()
+    A = -torch.empty(h, dtype=torch.float64).uniform_(1, 16, generator=rng)
+    D = torch.randn(h, generator=rng, dtype=torch.float64)
+    return tuple(z.to(dtype) for z in (x, dt, A, B, C, D))
+
+
+RUNGS = {"recurrence": ssd_recurrence, "quadratic": ssd_quadratic, "chunked": ssd_chunked}
+
+
+def measure_rungs(lengths: list[int], seed: int = 0) -> list[dict]:
+    """Best-of-three milliseconds of each rung in fp32, and its largest error against the recurrence in fp64 over the largest output."""
+    rows = []
+    for t in lengths:
+        inputs = random_inputs(1, t, 4, 16, 2, 16, seed)
+        oracle = ssd_recurrence(*(z.double() for z in inputs))[0]
+        row = dict(length=t)
+        for name, rung in RUNGS.items():
+            seconds = []
+            for _ in range(3):
+                start = time.perf_counter()
+                y = rung(*inputs)[0]
+                seconds.append(time.perf_counter() - start)
+            row |= {f"{name}_ms": 1e3 * min(seconds), f"{name}_error": ((y - oracle).abs().max() / oracle.abs().max()).item()}
+        rows.append(row)
+    return rows
+
+
+def measure_memory(heads: int = 256, length: int = 2048, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """(half-life in tokens [h], what is left of one input after 0, 1, .. tokens [h, t]) of a fresh layer's heads at their initial step.
+
+    Half-life = ln 2 / (dt |A|); the second comes out of the scan itself, fed with one impulse and B = C = 1.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layer = Mamba2(d_model=8, heads=heads, head_dim=1, groups=1, state=1)
+    dt_h, A_h = F.softplus(layer.dt_bias.detach()), -layer.A_log.detach().exp()
+    x_bthp, ones_btgn = torch.zeros(1, length, heads, 1), torch.ones(1, length, 1, 1)
+    x_bthp[:, 0, :, 0] = 1 / dt_h
+    y_bthp, _ = ssd_chunked(x_bthp, dt_h.expand(1, length, heads), A_h, ones_btgn, ones_btgn)
+    return math.log(2) / (-A_h * dt_h), y_bthp[0, :, :, 0].T
+
+
+ULTRA = dict(d_model=8192, heads=256, head_dim=64, groups=8, state=128)      # one Mamba layer  [Config]
+ULTRA_MAMBA, ULTRA_ATTENTION = 48, 12                                        # layers of each kind  [Config]
+ULTRA_KV_BYTES = 2 * 2 * 128 * 1       # keys and values x 2 heads x width 128 x FP8, one attention layer and token  [Config; Ultra, quantization]
+
+
+def measure_cache() -> tuple[int, int, int]:
+    """Bytes of Ultra's fp32 states, of its bf16 conv windows, and of one token's FP8 keys and values, over all layers."""
+    with torch.device("meta"):
+        cache = Mamba2(**ULTRA).empty_cache(1, dtype=torch.bfloat16)
+    return ULTRA_MAMBA * cache.state_bhpn.nbytes, ULTRA_MAMBA * cache.window_btc.nbytes, ULTRA_ATTENTION * ULTRA_KV_BYTES
+
+
+def measure_decode(seed: int = 0, prompt: int = 33, steps: int = 8) -> float:
+    """Largest gap between a layer that reads everything at once and one that prefills, then takes single tokens (fp32, of the largest output)."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        layer, x_btd = Mamba2(64, 16, 8, 2, 16, chunk=16), torch.randn(2, prompt + steps, 64)
+        cache, whole = layer.empty_cache(2), layer(x_btd)
+        pieces = [layer(x_btd[:, :prompt], cache=cache), *(layer(x_btd[:, i:i + 1], cache=cache) for i in range(prompt, prompt + steps))]
+    return ((torch.cat(pieces, 1) - whole).abs().max() / whole.abs().max()).item()
+
+
+# %% 10 · Figures
+
+def plot_rungs(rows: list[dict], path: Path) -> None:
+    fig, (left, right) = nvfp4.new_figure(columns=2)
+    lengths = [row["length"] for row in rows]
+    for name in RUNGS:
+        label = {"chunked": "chunked scan", "quadratic": "quadratic form"}.get(name, name)
+        left.loglog(lengths, [row[f"{name}_ms"] for row in rows], marker="o", label=label)
+        right.loglog(lengths, [row[f"{name}_error"] for row in rows], marker="o", label=label)
+    left.set(title="Twice the length costs twice the time, the quadratic form four times", ylabel="time (ms, fp32, 4 heads, one thread)")
+    right.set(title="Sums of decays over the whole sequence lose digits", ylabel="largest error against fp64 (relative)")
+    for ax in (left, right):
+        ax.set_xticks(lengths, [f"{t:,}" for t in lengths])
+        ax.minorticks_off()
+        ax.set_xlabel("sequence length (tokens)")
+        ax.legend(frameon=False)
+    nvfp4.save_figure(fig, path)
+
+
+def plot_memory(half_h: Tensor, left_ht: Tensor, path: Path) -> None:
+    fig, (left, right) = nvfp4.new_figure(columns=2)
+    order = half_h.argsort()
+    for quantile in (0.02, 0.25, 0.5, 0.75, 0.98):
+        head = order[round(quantile * (len(order) - 1))]
+        left.plot(range(1, left_ht.shape[1]), left_ht[head, 1:], marker=".", markevery=[0], label=f"half-life {half_h[head]:,.1f} tokens")
+    left.axhline(0.5, color="0.6", linewidth=1, linestyle="--")
+    left.set_xscale("log")
+    left.set(title="One input fades at each head's own pace", xlabel="tokens after the input", ylabel="share left in the state")
+    left.legend(frameon=False, title="five of the heads")
+    right.plot(range(1, len(order) + 1), half_h[order], color="C3")
+    right.set_yscale("log")
+    right.set(title=f"{len(order)} fresh heads cover half-lives from {half_h.min():.1f} to {half_h.max():,.0f} tokens",
+              xlabel="head, from the shortest memory to the longest", ylabel="half-life (tokens)")
+    nvfp4.save_figure(fig, path)
+
+
+def plot_cache(state: int, window: int, kv_token: int, path: Path) -> None:
+    fig, ax = nvfp4.new_figure()
+    tokens, equal = [2**k for k in range(10, 21)], state / kv_token
+    ax.loglog(tokens, [kv_token * t / 1e6 for t in tokens], label=f"keys and values, FP8, {ULTRA_ATTENTION} attention layers")
+    ax.loglog(tokens, [state / 1e6] * len(tokens), label=f"states, fp32, {ULTRA_MAMBA} Mamba layers (conv windows: {window / 1e6:.0f} MB more)")
+    ax.plot([equal], [state / 1e6], marker="o", color="black")
+    ax.annotate(f"equal at {equal:,.0f} tokens", (equal, state / 1e6), xytext=(8, -16), textcoords="offset points", fontsize=10)
+    ax.set(title="Nemotron 3 Ultra: the Mamba state does not grow with the text", xlabel="context (tokens)", ylabel="cache of one sequence (MB)")
+    ax.set_xticks(tokens[::2], [f"{t // 1024}K" if t < 2**20 else "1M" for t in tokens[::2]])
+    ax.minorticks_off()
+    ax.legend(frameon=False)
+    nvfp4.save_figure(fig, path)
+
+
+# %% 11 · Main
+
+@dataclass(frozen=True)
+class Config:
+    out: Path = Path("out")     # where figures and results.jsonl go
+    longest: int = 2048         # longest sequence timed; the quadratic form's memory grows with its square
+    seed: int = 0               # of inputs and fresh layers
+
+    def __post_init__(self):
+        if self.longest < 1: raise ValueError(f"longest={self.longest}: time at least one token.")
+
+
+def main(config: Config) -> None:
+    torch.set_num_threads(1)        # these sizes gain nothing from more, and one thread shows how the work grows
+    lengths = [config.longest // 2**k for k in range(5, -1, -1) if config.longest // 2**k]
+    rows = measure_rungs(lengths, config.seed)
+    print(f"the three rungs of SSD in fp32 (4 heads of width 16, state 16; error against fp64)\n{'tokens':>8}", end="")
+    print("".join(f"{name + ' ms':>15}{'error':>9}" for name in RUNGS))
+    for row in rows:
+        print(f"{row['length']:8,d}" + "".join(f"{row[f'{name}_ms']:15.2f}{row[f'{name}_error']:9.0e}" for name in RUNGS))
+    plot_rungs(rows, config.out / "02_rungs.png")
+
+    half_h, left_ht = measure_memory(seed=config.seed)
+    low, middle, high = half_h.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
+    print(f"\nwhat one head remembers, {len(half_h)} fresh heads: half of them longer than {middle:.1f} tokens, one in 20 under {low:.2f}, "
+          f"one in 20 over {high:.0f}")
+    plot_memory(half_h, left_ht, config.out / "02_memory.png")
+
+    state, window, kv_token = measure_cache()
+    print(f"Ultra's cache of one sequence: fp32 states {state / 1e6:.1f} MB and conv windows {window / 1e6:.1f} MB at any length; "
+          f"FP8 keys and values {kv_token:,} bytes a token: the states equal {state / kv_token:,.0f} tokens of them")
+    plot_cache(state, window, kv_token, config.out / "02_cache.png")
+
+    gap = measure_decode(config.seed)
+    print(f"prefill and single steps against all at once: largest gap {gap:.0e} of the largest output")
+    nvfp4.write_row(config.out, "02_mamba", rungs=rows, half_life_tokens=dict(p5=low, p50=middle, p95=high), state_bytes=state, window_bytes=window,
+                    kv_bytes_per_token=kv_token, equal_at_tokens=state // kv_token, decode_gap=gap)
+    print(f"figures: {', '.join(str(config.out / f'02_{name}.png') for name in ('rungs', 'memory', 'cache'))}")
+
+
+if __name__ == "__main__":
+    import tyro
+    main(tyro.cli(Config, description=__doc__))
