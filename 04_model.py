@@ -492,12 +492,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for i in range(0, h_rd.shape[0], chunk):
             h, labels, mask = h_rd[i:i + chunk], labels_r[i:i + chunk, None], mask_r[i:i + chunk]
             logits = (h @ weight_vd.T).to(total.dtype)
-            lse = logits.logsumexp(-1, keepdim=True)
-            total += ((lse - logits.gather(1, labels))[:, 0] * mask).sum()
+            top, picked = logits.amax(-1, keepdim=True), logits.gather(1, labels)
+            p = logits.sub_(top).exp_()                       # the softmax, once divided by z; one buffer serves loss and gradient
+            z = p.sum(-1, keepdim=True)
+            total += ((z.log() + top - picked)[:, 0] * mask).sum()
             if dh_rd is None and dweight_vd is None: continue
-            # d loss / d logits = (softmax - one_hot) · mask / count, written over the logits
-            scale = (mask.to(logits.dtype) / count)[:, None]
-            grad = logits.sub_(lse).exp_().scatter_add_(1, labels, torch.full_like(lse, -1.0)).mul_(scale).to(h.dtype)
+            # d loss / d logits = (softmax - one_hot) · mask / count
+            scale = (mask.to(p.dtype) / count)[:, None]
+            grad = p.mul_(scale / z).scatter_add_(1, labels, -scale).to(h.dtype)
             if dh_rd is not None: dh_rd[i:i + chunk] = grad @ weight_vd
             if dweight_vd is not None: dweight_vd += grad.T @ h
         ctx.save_for_backward(dh_rd, dweight_vd)
@@ -556,7 +558,7 @@ def loss(model: Nemotron, ids_bt: Tensor, labels_bt: Tensor, doc_bt: Tensor | No
     # the head's router is one module: both depths' tokens count towards its one bias
     if head_balances: loads.append(sum(b.load_e for b in head_balances))
     aux = sum((b.aux for b in [*balances, *head_balances]), start=main.new_zeros(()))
-    total = main + aux_weight * aux + (mtp_weight / depths * sum(mtp_k) if depths else 0.0)
+    total = main + (aux_weight * aux if aux_weight else 0.0) + (mtp_weight / depths * sum(mtp_k) if depths else 0.0)
     return Losses(total, main, mtp_k, aux, torch.stack(loads) if loads else ids_bt.new_zeros(0, c.experts))
 
 

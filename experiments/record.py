@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ("01_nvfp4.py", "02_mamba.py", "03_latentmoe.py", "04_model.py", "05_pretrain.py --fresh")
+STAGES = ("01_nvfp4.py", "02_mamba.py", "03_latentmoe.py", "04_model.py", "05_pretrain.py --fresh", "04_model.py --preset ultra")
 
 
 def rows_of(path: Path) -> list[dict]:

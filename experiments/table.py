@@ -1,0 +1,160 @@
+"""Turns result rows into tables: the summary that ends `make run`, and the README's tables, so that no number there is typed by hand.
+
+Run:   python experiments/table.py summary     # out/results.jsonl, what the last run of the stages showed
+       python experiments/table.py readme      # experiments/results.jsonl into README.md, between its <!-- table --> marks
+       python experiments/table.py check       # exit code 1 when the README is not what `readme` would write
+"""
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = {"01_nvfp4": "what four bits keep and lose, and the three products of a linear layer in 4 bits",
+          "02_mamba": "the state space layer as recurrence, attention matrix and chunked scan",
+          "03_latentmoe": "a router, experts in a narrow latent, and what keeps them busy",
+          "04_model": "the hybrid model with its multi-token head, checkpoints and text generation",
+          "05_pretrain": "tokenizer, data, schedule, trainer: a model that learns from real text"}
+
+
+def read_rows(path: Path) -> list[dict]:
+    if not path.exists(): raise SystemExit(f"{path} does not exist yet: run `make run` (or experiments/record.py) first.")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def newest(rows: list[dict], stage: str, **match) -> dict | None:
+    """The last row of a stage whose fields equal `match`."""
+    return next((row for row in reversed(rows) if row["stage"] == stage and all(row.get(k) == v for k, v in match.items())), None)
+
+
+def timing(rows: list[dict], stage: str) -> dict:
+    """The newest timed run of a stage on its default preset."""
+    return next(row for row in reversed(rows) if row["stage"] == "command" and stage in row["command"] and "--preset" not in row["command"])
+
+
+# what a stage showed, in one line made of its newest rows
+def showed_01(rows):
+    row = newest(rows, "01_nvfp4")
+    return row and (f"Gaussians in NVFP4: {row['db']['NVFP4 nearest, Gaussian']:.2f} dB nearest, {row['db']['stochastic, Gaussian']:.2f} stochastic; "
+                    f"Four-Over-Six {row['mse_change']['four_over_six']:+.1%} squared error, full sweep {row['mse_change']['mse']:+.1%}")
+
+
+def showed_02(rows):
+    row = newest(rows, "02_mamba")
+    if row is None: return None
+    error = max(value for rung in row["rungs"] for key, value in rung.items() if key.endswith("_error"))
+    return f"three rungs agree to {error:.0e} in fp32; Ultra's fp32 state is as large as {row['equal_at_tokens']:,} tokens of FP8 keys and values"
+
+
+def showed_03(rows):
+    off, on = newest(rows, "03_latentmoe", run="loss 1e-4 only"), newest(rows, "03_latentmoe", run="loss 1e-4 and bias 1e-3")
+    if on is None: return None
+    return f"busiest expert at {off['max_violation']:.1f} times the mean load without the selection bias, {on['max_violation']:.1f} times with it"
+
+
+def showed_04(rows):
+    row = newest(rows, "04_model", preset="tiny")
+    return row and (f"{row['total'] / 1e6:.2f}M parameters + {row['mtp'] / 1e6:.2f}M in the MTP head; a fresh model's loss {row['loss']:.2f} "
+                    f"(ln vocabulary {row['ln_vocab']:.2f}); cached against whole: {row['cache_gap']:.0e}")
+
+
+def showed_05(rows):
+    row = newest(rows, "05_pretrain")
+    if row is None: return None
+    gap = ", ".join(f"{k} {v:+.2%}" for k, v in row["branch_gap"].items())
+    return (f"loss {row['loss']:.2f} after {row['tokens'] / 1e6:.2f}M tokens; {row['bits_per_byte']['all']:.2f} bits per byte of held-out text; "
+            f"loss gap of {gap}")
+
+
+SHOWED: dict[str, Callable] = dict(zip(STAGES, (showed_01, showed_02, showed_03, showed_04, showed_05)))
+
+
+def summary() -> None:
+    """What every stage of the last run showed, and where the figures are."""
+    rows = read_rows(ROOT / "out" / "results.jsonl")
+    print(f"\n{'stage':14} what it showed")
+    for stage, show in SHOWED.items(): print(f"{stage:14} {show(rows) or 'not run'}")
+    figures = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "out").glob("*.png"))
+    print("\nfigures: " + "\n         ".join(figures))
+
+
+def table_claims(rows: list[dict]) -> str:
+    """Claim, the published number, ours, and the command that made ours."""
+    one, two, five = (newest(rows, stage) for stage in ("01_nvfp4", "02_mamba", "05_pretrain"))
+    ultra = newest(rows, "04_model", preset="ultra")
+    off, on = newest(rows, "03_latentmoe", run="loss 1e-4 only"), newest(rows, "03_latentmoe", run="loss 1e-4 and bias 1e-3")
+    percent = lambda x, digits=1: f"{100 * x:+.{digits}f} %".replace("-", "−")
+    lines = [
+        ("parameters of Ultra: total / active / MTP head", "549.3B / 54.99B / 11.22B",
+         " / ".join(f"{ultra[k] / 1e9:.{digits}f}B" for k, digits in (("total", 1), ("active", 2), ("mtp", 2))), "04_model.py --preset ultra"),
+        ("signal to error of NVFP4, rounded to nearest", "20.60 dB (mean over a model's tensors)",
+         f"{one['db']['NVFP4 nearest, Gaussian']:.2f} dB (Gaussian)", "01_nvfp4.py"),
+        ("Four-Over-Six against max scales, squared error of weights", "−16.4 % (Ultra, median)", percent(one["mse_change"]["four_over_six"]),
+         "01_nvfp4.py"),
+        ("full scale sweep against max scales, squared error of weights", "−27.1 % (Ultra)", percent(one["mse_change"]["mse"]), "01_nvfp4.py"),
+        ("context at which an FP8 KV cache outgrows Ultra's fp32 Mamba state", "64K tokens", f"{two['equal_at_tokens']:,} tokens", "02_mamba.py"),
+        ("busiest expert, load over mean, balanced (in brackets: without the selection bias)", "1.2 (Ultra, median)",
+         f"{on['max_violation']:.2f} ({off['max_violation']:.2f}), 16 experts", "03_latentmoe.py"),
+        ("training-loss gap of NVFP4 to full precision", "below 0.4 % (Ultra)",
+         f"{percent(five['branch_gap']['nvfp4'], 2)} (`tiny`, {five['branch_steps']} steps, one seed)", "05_pretrain.py")]
+    head = "| claim | published | here | command |\n|---|---|---|---|\n"
+    return head + "\n".join(f"| {claim} | {published} | {ours} | `{command}` |" for claim, published, ours, command in lines)
+
+
+def table_stages(rows: list[dict]) -> str:
+    lines = []
+    for stage, what in STAGES.items():
+        run = timing(rows, stage)
+        lines.append(f"| [`{stage}.py`]({stage}.py) | {what} | {run['seconds']:.0f} s | {SHOWED[stage](rows)} |")
+    return f"| file | what you build | time on {run['cores']} CPU cores | what it showed |\n|---|---|---|---|\n" + "\n".join(lines)
+
+
+def table_speed(rows: list[dict]) -> str:
+    benches = {}
+    for row in rows:
+        if row["stage"] == "bench_cpu": benches[row["what"], row["contender"]] = row
+    lines = [f"| {row['what']} | {row['contender']} | {row['tokens_per_s']:,} | {row['peer_tokens_per_s']:,} ({row['peer']}) | "
+             f"{row['ratio']:.2f}× ({row['ratio_low']:.2f} to {row['ratio_high']:.2f}) |" for row in benches.values()]
+    last = next(reversed(benches.values()))
+    return (f"Preset `tiny`, fp32, {last['threads']} CPU threads, transformers {last['transformers']}, torch {last['torch']}:\n\n"
+            "| what | ours | tokens/s | peer, tokens/s | ratio (range over rounds) |\n|---|---|---|---|---|\n" + "\n".join(lines))
+
+
+def command_time(rows: list[dict], command: str) -> str:
+    """Minutes of `make run` (the sum of its stages) or `make test`."""
+    if command == "run":
+        stages = [timing(rows, stage) for stage in STAGES]
+        return f"# {sum(r['seconds'] for r in stages) / 60:.1f} min on {stages[0]['cores']} CPU cores, installed"
+    row = newest(rows, "command", command="make test")
+    return f"# {row['seconds'] / 60:.1f} min, {row['passed']} tests, installation included"
+
+
+def rendered(text: str, rows: list[dict]) -> str:
+    """README text with every marked table and time replaced."""
+    for name, table in (("claims", table_claims), ("stages", table_stages), ("speed", table_speed)):
+        text = re.sub(rf"(<!-- table:{name} -->\n).*?(<!-- end -->)", lambda m, table=table: m[1] + table(rows) + "\n" + m[2], text, flags=re.S)
+    return re.sub(r"(?m)^(    make (run|test) +)#.*$", lambda m: m[1] + command_time(rows, m[2]), text)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Renders result rows."""
+    what: tyro.conf.Positional[Literal["summary", "readme", "check"]] = "summary"
+
+
+def main(config: Config) -> None:
+    if config.what == "summary": return summary()
+    readme = ROOT / "README.md"
+    text = rendered(readme.read_text(), read_rows(ROOT / "experiments" / "results.jsonl"))
+    if config.what == "readme": readme.write_text(text)
+    elif text != readme.read_text(): raise SystemExit("README.md is not what the rows say: run `python experiments/table.py readme`.")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
