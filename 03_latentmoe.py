@@ -62,7 +62,8 @@ def route(x_rd: Tensor, weight_ed: Tensor, bias_e: Tensor, k: int, scale: float)
 
 def relu2(x: Tensor) -> Tensor:
     """Squared ReLU: -2 -> 0, 3 -> 9."""
-    return x.relu().square()
+    h = x.relu()
+    return h * h      # PITFALL: h.square() is a power to autocast, which computes powers in fp32: bf16 in, fp32 out on a GPU
 
 
 def experts_loop(x_rl: Tensor, weights_rk: Tensor, experts_rk: Tensor, up_efl: Tensor, down_elf: Tensor) -> Tensor:

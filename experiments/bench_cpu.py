@@ -47,7 +47,8 @@ def interleaved(contenders: dict[str, Callable[[], object]], rounds: int) -> dic
 def peer_model(config, chunk: int):
     """transformers' model with our sizes, grouped_mm experts and no MTP."""
     from transformers import NemotronHConfig, NemotronHForCausalLM
-    keys = {k: v for k, v in config.to_dict().items() if not k.startswith(("num_nextn", "mtp", "architectures", "model_type"))}
+    dropped = ("num_nextn", "mtp", "architectures", "model_type", "layers_block_type")      # the pattern string says the layers
+    keys = {k: v for k, v in config.to_dict().items() if not k.startswith(dropped)}
     model = NemotronHForCausalLM(NemotronHConfig(**{**keys, "chunk_size": chunk}))
     model.config._experts_implementation = "grouped_mm"
     return model
