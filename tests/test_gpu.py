@@ -1,0 +1,89 @@
+"""The stages on a CUDA device against the CPU:  python -m pytest tests -m gpu"""
+import dataclasses
+import importlib
+
+import pytest
+import torch
+
+nvfp4, mamba, moe, model04 = (importlib.import_module(m) for m in ("01_nvfp4", "02_mamba", "03_latentmoe", "04_model"))
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+TINY = model04.PRESETS["tiny"]
+
+
+def tokens(*shape, seed=0):
+    return torch.randint(12, 4096, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def step(device, recipe=None, autocast=False, recompute=False):
+    """(losses, gradients on the CPU) of one step of tiny with two documents a row."""
+    torch.manual_seed(0)
+    model = model04.Nemotron(TINY)
+    model.recompute = recompute
+    if recipe: model04.apply_recipe(model, recipe)
+    model, row = model.to(device), tokens(2, 66).to(device)
+    doc_bt = (torch.arange(65, device=device) > 40).long().expand(2, 65)
+    model.set_draws(0, 0, 0)
+    with torch.autocast(device, torch.bfloat16, enabled=autocast): losses = model04.loss(model, row[:, :-1], row[:, 1:], doc_bt)
+    losses.total.backward()
+    return losses, torch.cat([p.grad.cpu().float().flatten() for p in model.parameters()])
+
+
+def cosine(a, b): return torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0).item()
+
+
+def test_a_step_equals_the_cpus():
+    """fp32 products without TF32: every layer's forward and backward runs on CUDA and gives the CPU's numbers."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    (a, ga), (b, gb) = step("cuda"), step("cpu")
+    assert a.total.item() == pytest.approx(b.total.item(), rel=1e-5) and cosine(ga, gb) > 1 - 1e-5
+    assert (a.load_me.cpu() - b.load_me).abs().sum() <= 4      # a tie in the router may fall the other way
+
+
+@pytest.mark.parametrize("recipe, autocast, bound", [(None, True, 0.98), (nvfp4.NVFP4Recipe(), True, 0.85), (nvfp4.NVFP4Recipe(), False, 0.85)],
+                         ids=["bf16", "nvfp4 on bf16", "nvfp4 on fp32"])
+def test_low_precision_steps_stay_close(recipe, autocast, bound):
+    """The loss within 2 % and the gradient's direction kept: a wrong scale, a dtype that autocast mixed up, or a dropped operand breaks it."""
+    (a, ga), (b, gb) = step("cuda", recipe, autocast), step("cpu")
+    assert a.total.item() == pytest.approx(b.total.item(), rel=0.02) and torch.isfinite(ga).all() and cosine(ga, gb) > bound
+
+
+def test_recomputation_repeats_the_stochastic_draws():
+    (a, ga), (b, gb) = step("cuda", nvfp4.NVFP4Recipe(), True), step("cuda", nvfp4.NVFP4Recipe(), True, recompute=True)
+    assert torch.equal(a.load_me, b.load_me) and cosine(ga, gb) > 1 - 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("choose", ["spread", "one", "half"])
+def test_grouped_experts_on_cuda_equal_the_loop(dtype, choose):
+    """torch._grouped_mm with empty experts and with all tokens on one, forward and backward, against the definition in float64."""
+    g = torch.Generator().manual_seed(0)
+    score = torch.rand(70, 8, generator=g)
+    if choose == "half": score[:, 4:] -= 2
+    if choose == "one": score[:, 0] += 2
+    experts = score.topk(1 if choose == "one" else 3).indices
+    make = lambda *shape: torch.randn(*shape, generator=g).to(dtype)
+    inputs = [make(70, 32), torch.rand(experts.shape, generator=g), make(8, 48, 32) * 0.2, make(8, 32, 48) * 0.2]
+    dy, results = torch.randn(70, 32, generator=g), []
+    for device, wide, run in (("cuda", None, moe.experts_grouped), ("cpu", torch.float64, moe.experts_loop), ("cuda", None, moe.experts_loop)):
+        x, w, up, down = (t.to(device, wide or t.dtype).requires_grad_() for t in inputs)
+        y = run(x, w, experts.to(device), up, down)
+        results.append([t.detach().cpu().double() for t in (y, *torch.autograd.grad(y, (x, w, up, down), dy.to(y)))])
+    for ours, exact, plain in zip(*results):
+        assert (ours - exact).norm() <= 2 * (plain - exact).norm() + 1e-6 * exact.norm()
+
+
+def test_generation_on_cuda_equals_the_cpus():
+    """Ragged prompts, greedy, fp32: caches, left padding and the decode step on CUDA."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.manual_seed(0)
+    model = model04.Nemotron(dataclasses.replace(TINY, init_std=0.1))      # confident enough that no two logits tie
+    prompts, greedy = [tokens(n, seed=n).tolist() for n in (3, 17, 9)], model04.SamplingParams(max_tokens=12, temperature=0.0, stop_ids=())
+    on_cpu = [c.ids for c in model04.generate(model, prompts, greedy)]
+    assert [c.ids for c in model04.generate(model.cuda(), prompts, greedy)] == on_cpu
+
+
+def test_a_quantised_tensor_has_the_cpus_bits():
+    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    for kwargs in (dict(), dict(block=(16, 16)), dict(rounding="stochastic", seed=7), dict(scale_rule="four_over_six"), dict(format="mxfp4")):
+        a, b = nvfp4.quantize(x.cuda(), **kwargs), nvfp4.quantize(x, **kwargs)
+        assert torch.equal(a.codes.cpu(), b.codes) and torch.equal(a.block_scale.cpu().view(torch.uint8), b.block_scale.view(torch.uint8))
