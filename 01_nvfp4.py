@@ -71,6 +71,19 @@ def writable_folder(path: Path) -> Path:
     return Path(path)
 
 
+def run_command(main: Callable, config_class: type, doc: str) -> None:
+    """What `python NN_stage.py` does: flags from the dataclass, then main(config). A ValueError or OSError, which our functions raise for what a
+    person can mend, becomes one sentence and exit code 1; TRACEBACK=1 in the environment shows where it came from."""
+    import tyro
+
+    try:
+        main(tyro.cli(config_class, description=doc))
+    except (ValueError, OSError) as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
+
+
 def write_row(out: Path, stage: str, **values) -> None:
     """Append one JSON line to out/results.jsonl: the stage's numbers and what is needed to run it again."""
     try:
@@ -943,6 +956,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    main(tyro.cli(Config, description=__doc__))
+    run_command(main, Config, __doc__)

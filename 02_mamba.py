@@ -610,6 +610,7 @@ class Config:
 
 
 def main(config: Config) -> None:
+    nvfp4.writable_folder(config.out)
     torch.set_num_threads(1)        # these sizes gain nothing from more, and one thread shows how the work grows
     lengths = [config.longest // 2**k for k in range(5, -1, -1) if config.longest // 2**k]
     rows = measure_rungs(lengths, config.seed)
@@ -638,5 +639,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    import tyro
-    main(tyro.cli(Config, description=__doc__))
+    nvfp4.run_command(main, Config, __doc__)

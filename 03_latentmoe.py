@@ -506,6 +506,7 @@ def show_times(config: Config) -> None:
 
 
 def main(config: Config) -> None:
+    nvfp4.writable_folder(config.out)
     show_costs()
     show_routing()
     show_balance(config)
@@ -513,6 +514,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    main(tyro.cli(Config, description=__doc__))
+    nvfp4.run_command(main, Config, __doc__)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -921,6 +920,7 @@ class Config:
 
 
 def main(config: Config) -> None:
+    nvfp4.writable_folder(config.out)
     sizes = preset(config.preset)
     recipe = nvfp4.NVFP4Recipe()
     print(f"preset {config.preset}: {sizes.pattern}\n")
@@ -937,6 +937,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    import tyro
-    try: main(tyro.cli(Config, description=__doc__))
-    except ValueError as error: sys.exit(f"04_model: {error}")
+    nvfp4.run_command(main, Config, __doc__)

@@ -196,10 +196,14 @@ def test_a_config_of_another_architecture_is_refused():
     with pytest.raises(ValueError, match="disagree"): ModelConfig.from_dict({**MICRO.to_dict(), "hybrid_override_pattern": "MEM*M"})
 
 
-def test_unknown_preset_is_one_sentence_and_an_exit_code():
-    run = subprocess.run([sys.executable, "04_model.py", "--preset", "huge"], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode != 0 and "unknown preset 'huge'" in run.stderr and "tiny, small, nano, super, ultra" in run.stderr
-    assert "Traceback" not in run.stderr
+@pytest.mark.parametrize("command, words", [
+    (["04_model.py", "--preset", "huge"], ["unknown preset 'huge'", "tiny, small, nano, super, ultra"]),
+    (["03_latentmoe.py", "--out", f"{__file__}/x"], ["cannot be created"]), (["01_nvfp4.py", "--out", f"{__file__}/x"], ["cannot be created"])])
+def test_bad_input_is_one_sentence_and_an_exit_code(command, words):
+    """No traceback for what a person can mend, no exit code 0, and nothing computed first that would be lost."""
+    run = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode != 0 and "Traceback" not in run.stderr and not run.stdout and len(run.stderr.strip().splitlines()) == 1
+    for word in words: assert word in run.stderr
 
 
 # ---- placement
