@@ -101,7 +101,9 @@ class ModelConfig:
             if value % 32: raise ValueError(f"{name} = {value}: MXFP8 blocks hold 32 values, so this width must be a multiple of 32.")
         for name, value, part, by in (("mamba_heads", self.mamba_heads, "groups", self.groups), ("heads", self.heads, "kv_heads", self.kv_heads)):
             if by <= 0 or value % by: raise ValueError(f"{name} = {value} cannot be shared out over {part} = {by}: make it a multiple.")
-        if (self.groups * self.state) % 8: raise ValueError(f"groups × state = {self.groups * self.state}: in_proj needs a multiple of 8 here.")
+        if self.in_proj_rows % 16:
+            raise ValueError(f"groups × state = {self.groups * self.state} gives in_proj {self.in_proj_rows} rows: NVFP4 blocks hold 16 values, so make "
+                             "groups × state a multiple of 8.")
         if not 0 < self.experts_per_token <= self.experts:
             raise ValueError(f"experts_per_token = {self.experts_per_token} must lie between 1 and experts = {self.experts}.")
         if self.mtp_depths < 0: raise ValueError(f"mtp_depths = {self.mtp_depths} is negative: 0 switches multi-token prediction off.")
@@ -472,7 +474,8 @@ def roll_document(x_bt: Tensor, doc_bt: Tensor | None, fill: int = 0) -> Tensor:
 # chunks and computes the gradients on the way, so that [rows, vocabulary] never exists as a whole.
 
 class Losses(NamedTuple):
-    """total = what to differentiate; the parts are detached by nobody, so a caller may weigh them anew. load_me counts tokens per expert."""
+    """total is what to differentiate; its parts keep their graphs, so a caller may weigh them anew. load_me counts tokens per expert: one row a
+    MoE layer, the last row for the MTP head (all depths together)."""
     total: Tensor
     main: Tensor
     mtp_k: list[Tensor]
@@ -767,19 +770,25 @@ def left_pad(prompts: list[list[int]], pad: int, device=None) -> tuple[Tensor, T
     return ids_bt, torch.tensor([[-1] * (longest - len(p)) + [0] * len(p) for p in prompts], device=device)
 
 
-@torch.inference_mode()
 def generate(model: Nemotron, prompts: list[list[int]], sampling: SamplingParams, return_logprobs: bool = False,
              progress: bool = False) -> list[Completion]:
     """Continues token-id prompts of any lengths in one batch. Raises ValueError for an empty prompt or an id outside the vocabulary."""
-    vocab, device = model.config.vocab, model.lm_head.weight.device
+    vocab, training = model.config.vocab, model.training
     for i, prompt in enumerate(prompts):
         if not prompt: raise ValueError(f"prompt {i} is empty: begin with the id {model.config.bos} when there is nothing to continue.")
         if not 0 <= min(prompt) <= max(prompt) < vocab: raise ValueError(f"prompt {i} has an id outside the vocabulary of {vocab}.")
     if not prompts: return []
-    b, steps = len(prompts), sampling.max_tokens
-    ids_bt, doc_bt = left_pad(prompts, model.config.pad, device)
-    training = model.training
     model.eval()        # no balance loss to compute
+    try: rows, logps = _decode(model, prompts, sampling, return_logprobs, progress)
+    finally: model.train(training)
+    return _completions(rows, logps, set(sampling.stop_ids))
+
+
+@torch.inference_mode()
+def _decode(model: Nemotron, prompts: list[list[int]], sampling: SamplingParams, return_logprobs: bool, progress: bool):
+    """(token ids, log-probabilities or None) a prompt, until every row has met a stop id or max_tokens are drawn."""
+    b, steps, device = len(prompts), sampling.max_tokens, model.lm_head.weight.device
+    ids_bt, doc_bt = left_pad(prompts, model.config.pad, device)
     draws = [torch.rand(steps, generator=torch.Generator().manual_seed(sampling.seed * 1_000_003 + i), dtype=torch.float64) for i in range(b)]
     u_bt = torch.stack(draws).to(device)
     cache, stop = model.empty_cache(b, ids_bt.shape[1] + steps), torch.tensor(sampling.stop_ids, device=device, dtype=torch.long)
@@ -792,8 +801,7 @@ def generate(model: Nemotron, prompts: list[list[int]], sampling: SamplingParams
         done_b |= torch.isin(next_b, stop)
         if done_b.all(): break
         ids_bt = next_b[:, None]
-    model.train(training)
-    return _completions(torch.stack(tokens, 1).tolist(), torch.stack(logps, 1).tolist() if logps else None, set(sampling.stop_ids))
+    return torch.stack(tokens, 1).tolist(), torch.stack(logps, 1).tolist() if logps else None
 
 
 def _bar(steps: int, progress: bool):
