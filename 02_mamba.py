@@ -60,7 +60,7 @@ def padding(doc_bt: Tensor | None) -> Tensor | None:
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype that decays, states and norms are computed in: fp32, or fp64 for fp64 inputs."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def full_precision(x: Tensor):
@@ -335,16 +335,11 @@ def causal_conv1d(x_btc: Tensor, weight_c1w: Tensor, bias_c: Tensor, window: Ten
 # RMSNorm divides a token by its root mean square and learns one factor a channel. Mamba's output norm is gated and works group by group, so
 # that a group's heads can live on one GPU:  u = y * silu(z),  then RMSNorm of each of the g parts of u.
 
-def inverse_rms(u: Tensor, eps: float) -> Tensor:
-    """1 / sqrt(mean of squares over the last dimension + eps). Not .mean(): its gradient writes a whole tensor of 1/width first."""
-    return torch.rsqrt(u.square().sum(-1, keepdim=True) / u.shape[-1] + eps)
-
-
 def rmsnorm(x: Tensor, weight: Tensor, eps: float = 1e-5, impl: str = "auto") -> Tensor:
     """x / rms(x) * weight over the last dimension: in fp32 (or fp64) up to and with the weight, then back to x's dtype."""
     if twin := nvfp4.find_twin("norm", "rmsnorm", impl, x): return twin(x, weight, eps)
     u = x.to(wide(x.dtype))
-    return (u * inverse_rms(u, eps) * weight).to(x.dtype)
+    return F.rms_norm(u, (u.shape[-1],), weight.to(u.dtype), eps).to(x.dtype)      # u / sqrt(mean(u²) + eps) · weight, in one call
 
 
 def gated_rmsnorm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float = 1e-5, impl: str = "auto") -> Tensor:
@@ -355,8 +350,8 @@ def gated_rmsnorm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float 
     if twin := nvfp4.find_twin("norm", "gated_rmsnorm", impl, y): return twin(y, z, weight, groups, eps)
     if y.shape != z.shape or y.shape[-1] % groups:
         raise ValueError(f"y and z must have one shape whose last dimension splits into {groups} groups: got {tuple(y.shape)} and {tuple(z.shape)}.")
-    u = (y.to(wide(y.dtype)) * F.silu(z.to(wide(y.dtype)))).unflatten(-1, (groups, -1))
-    return ((u * inverse_rms(u, eps)).flatten(-2) * weight).to(y.dtype)
+    u = (y.to(wide(y.dtype)) * F.silu(z.to(wide(y.dtype)))).view(*y.shape[:-1], groups, -1)
+    return (F.rms_norm(u, (u.shape[-1],), None, eps).view(y.shape) * weight).to(y.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -473,7 +468,7 @@ class Mamba2(nn.Module):
             y_bthp, S_bhpn = ssd_chunked(x_bthp, dt_bth, A_h, B_btgn, C_btgn, self.D, self.chunk, S_bhpn, doc_bt, impl)
         if cache is not None:
             cache.window_btc.copy_(window.detach())
-            cache.state_bhpn.copy_(S_bhpn.detach())
+            if S_bhpn is not cache.state_bhpn: cache.state_bhpn.copy_(S_bhpn.detach())      # the step has already written it
         return self.out_proj(self.norm(y_bthp.flatten(2), z_bti, impl))
 
 

@@ -102,7 +102,7 @@ class ModelConfig:
         for name, value, part, by in (("mamba_heads", self.mamba_heads, "groups", self.groups), ("heads", self.heads, "kv_heads", self.kv_heads)):
             if by <= 0 or value % by: raise ValueError(f"{name} = {value} cannot be shared out over {part} = {by}: make it a multiple.")
         if self.in_proj_rows % 16:
-            raise ValueError(f"groups × state = {self.groups * self.state} gives in_proj {self.in_proj_rows} rows: NVFP4 blocks hold 16 values, so make "
+            raise ValueError(f"groups × state = {self.groups * self.state} gives in_proj {self.in_proj_rows} rows: blocks hold 16 values, so make "
                              "groups × state a multiple of 8.")
         if not 0 < self.experts_per_token <= self.experts:
             raise ValueError(f"experts_per_token = {self.experts_per_token} must lie between 1 and experts = {self.experts}.")
@@ -285,7 +285,10 @@ class Attention(nn.Module):
         if cache is not None: k_bhtp, v_bhtp = cache.append(k_bhtp, v_bhtp)
         assert mask is not None or t in (1, k_bhtp.shape[2]), "several tokens after cached ones need a mask"
         # NOTE: is_causal aligns the first query with the first key, right only when nothing is cached; one token after a cache sees all.
-        y_bhtp = F.scaled_dot_product_attention(q_bhtp, k_bhtp, v_bhtp, attn_mask=mask, is_causal=mask is None and t > 1, enable_gqa=True)
+        if t == 1:      # decode: the query heads that share a key head can stand side by side as its queries
+            q_bhtp = q_bhtp.reshape(b, self.kv_heads, self.heads // self.kv_heads, self.head_dim)
+        y_bhtp = F.scaled_dot_product_attention(q_bhtp, k_bhtp, v_bhtp, attn_mask=mask, is_causal=mask is None and t > 1, enable_gqa=t > 1)
+        y_bhtp = y_bhtp.reshape(b, self.heads, t, self.head_dim)
         return self.o_proj(y_bhtp.transpose(1, 2).reshape(b, t, self.heads * self.head_dim))
 
 
@@ -753,7 +756,7 @@ class Completion:
 
 def sample(logits_bv: Tensor, temperature: float, top_p: float, u_b: Tensor) -> Tensor:
     """One token a row, [b], by inverting the cumulative distribution at u_b in [0, 1). temperature 0 takes the largest logit."""
-    if temperature == 0: return logits_bv.argmax(-1)
+    if temperature == 0: return logits_bv.max(-1).indices
     p_bv, ids_bv = torch.softmax(logits_bv.double() / temperature, -1).sort(-1, descending=True)
     cumulative_bv = p_bv.cumsum(-1)
     kept_bv = cumulative_bv - p_bv < top_p          # the token that crosses top_p stays in
