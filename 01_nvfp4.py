@@ -82,6 +82,8 @@ def run_command(main: Callable, config_class: type, doc: str) -> None:
         if os.environ.get("TRACEBACK"):
             raise
         sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{Path(sys.argv[0]).stem}: stopped by Ctrl-C; files that were written are whole.")
 
 
 def write_row(out: Path, stage: str, **values) -> None:

@@ -1,8 +1,8 @@
 """Runs the stages as `make run` does, times each, and keeps their result rows in experiments/results.jsonl, from which the README is rendered.
 
-Run:   python experiments/record.py             # about 8 min on 2 cores: the five stages
-       python experiments/record.py --suite     # and `make test` after them (with its installation when .venv does not exist)
-       python experiments/table.py readme       # then render
+Run:   python experiments/record.py              # about 8 min on 2 cores: the five stages, as `make run` runs them
+       python experiments/record.py --what test  # `make test`, its installation included when there is no .venv yet
+       python experiments/table.py readme        # then render
 """
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("01_nvfp4.py", "02_mamba.py", "03_latentmoe.py", "04_model.py", "05_pretrain.py --fresh", "04_model.py --preset ultra")
@@ -40,21 +41,21 @@ def timed(command: list[str]) -> tuple[float, str]:
 
 @dataclass(frozen=True)
 class Config:
-    """Times the stages and keeps their rows."""
-    suite: bool = False     # also time `make test`
+    """Times the stages and keeps their rows, or times the suite."""
+    what: Literal["stages", "test"] = "stages"
 
 
 def main(config: Config) -> None:
     sys.path.insert(0, str(ROOT))
     nvfp4, here = importlib.import_module("01_nvfp4"), dict(cores=cores(), python=platform.python_version())
     fresh = ROOT / "out" / "results.jsonl"
-    for stage in STAGES:
+    for stage in STAGES if config.what == "stages" else ():
         before = len(rows_of(fresh))
         seconds, _ = timed([sys.executable, *stage.split()])
         nvfp4.write_row(ROOT / "experiments", "command", command=f"python {stage}", seconds=round(seconds, 1), **here)
         for row in rows_of(fresh)[before:]:
             with (ROOT / "experiments" / "results.jsonl").open("a") as file: file.write(json.dumps(row) + "\n")
-    if config.suite:
+    if config.what == "test":
         seconds, output = timed(["make", "test"])
         passed = re.search(r"(\d+) passed", output)
         nvfp4.write_row(ROOT / "experiments", "command", command="make test", seconds=round(seconds, 1), passed=int(passed[1]), **here)

@@ -1,0 +1,821 @@
+"""05 · Pretraining: from text to a trained model, resumable to the bit.
+
+Left out:  several devices, checkpoint merging, the long-context phase; data quality filters (the built-in text is clean by construction).
+Sources:   [Ultra] Nemotron 3 Ultra report, arXiv 2606.15007 · [NVFP4] Pretraining LLMs with NVFP4, arXiv 2509.25149
+           [Megatron] Megatron-LM, the code that trained it · [Tekken] the tokenizer of Mistral NeMo, whose vocabulary Nemotron 3 uses
+Run:       python 05_pretrain.py                     # minutes on 2 CPU cores: corpus, tokenizer, training, fp32 and NVFP4 branches, text
+           python 05_pretrain.py --resume            # goes on after Ctrl-C or a crash, with the losses it would have had
+           python 05_pretrain.py --data my/*.txt --out out/mine --branches    # your own text, no branches
+           python 05_pretrain.py --branch-from out/pretrain/step-000485 --precision nvfp4 --branch-steps 40
+Contents:  1 config   2 tokenizer   3 token shards   4 packed batches and blend   5 schedule and optimizer   6 checkpoints
+           7 trainer   8 bits per byte   9 branches   10 figures and text   11 command
+Letters:   b batch  t time  v vocabulary  m MoE layer  e experts
+"""
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import importlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data import corpus
+
+nvfp4, moe, nemotron = (importlib.import_module(name) for name in ("01_nvfp4", "03_latentmoe", "04_model"))
+
+# %% 1 · Config  [Ultra, pretraining]
+# Every setting once, with Ultra's value beside ours. The command's flags are made from this class.
+
+Preset = Literal["tiny", "small", "nano", "super", "ultra"]
+Precision = Literal["fp32", "bf16", "nvfp4"]
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Pretrains one preset of stage 04."""
+    preset: Preset = "tiny"
+    data: tuple[str, ...] = ()       # built-in sources by name, files (.txt .jsonl .parquet), hf:NAME; nothing = all built-in sources
+    out: Path = Path("out")          # figures and result rows; checkpoints in out/pretrain, text and tokens in out/data
+    steps: int = 700                 # optimizer steps, ours: about 3 minutes on 2 cores; Ultra takes 794,728
+    batch: int = 4                   # sequences a step, ours: Ultra 3,072
+    seq: int = 256                   # tokens a sequence, ours: Ultra 8,192
+    micro_batches: int = 1           # pieces a step's batch is computed in; gradients are averaged over them
+    lr: float = 4e-3                 # peak learning rate, ours: Ultra 2.5e-4
+    lr_min: float = 4e-5             # at the end, a hundredth of the peak as in Ultra
+    warmup: float = 0.02             # share of the steps, ours: Ultra 0.01 (200B of 20T tokens)
+    decay: float = 0.25              # share of the steps in the minus-sqrt decay [Ultra: the last 5T of 20T tokens]
+    blend_switch: float = 0.75       # share of the tokens after which the second blend begins [Ultra]
+    beta1: float = 0.9               # [Ultra]
+    beta2: float = 0.95              # [Ultra]
+    weight_decay: float = 0.1        # [Ultra]
+    clip: float = 1.0                # largest gradient norm [Megatron's default]
+    mtp_weight: float = 0.1          # over both prediction depths [Ultra]
+    aux_weight: float = 1e-4         # sequence balance loss [NVIDIA's recipe]
+    bias_rate: float = 1e-3          # step of the experts' selection bias [NVIDIA's recipe]
+    precision: Precision = "fp32"    # nvfp4 stands on bf16 on a GPU and on fp32 on a CPU; Ultra: nvfp4
+    device: Literal["cpu", "cuda", "mps"] = "cpu"
+    recompute: bool = False          # drop activations and compute them again in the backward pass: less memory, same numbers
+    seed: int = 0
+    save_every: int = 100            # steps between checkpoints
+    keep: int = 2                    # checkpoints kept (the one that branches start from is kept too)
+    eval_windows: int = 48           # windows of held-out text scored per source
+    branches: tuple[Precision, ...] = ("fp32", "nvfp4")     # after training: short runs from the last checkpoint before the decay
+    branch_steps: int = 40           # length of such a run, ours: Ultra's probes took 5B tokens
+    branch_from: Path | None = None  # do nothing but one such run, from this checkpoint, in --precision
+    resume: bool = False             # go on from the newest whole checkpoint
+    fresh: bool = False              # delete the checkpoints of an earlier run in this folder first
+
+    def __post_init__(self):
+        for name, allowed in (("preset", get_args(Preset)), ("precision", get_args(Precision)), ("device", ("cpu", "cuda", "mps"))):
+            if getattr(self, name) not in allowed: raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(allowed)}.")
+        for name in ("steps", "batch", "seq", "micro_batches", "save_every", "keep"):
+            if getattr(self, name) < 1: raise ValueError(f"{name} = {getattr(self, name)} must be at least 1.")
+        if self.batch % self.micro_batches:
+            raise ValueError(f"batch = {self.batch} cannot be cut into micro_batches = {self.micro_batches} equal pieces.")
+        if min(self.warmup, self.decay) < 0 or self.warmup + self.decay > 1:
+            raise ValueError(f"warmup = {self.warmup} and decay = {self.decay} are shares of the steps: neither below 0, together at most 1.")
+
+    @property
+    def home(self) -> Path: return Path(self.out) / "pretrain"
+
+    @property
+    def warmup_steps(self) -> int: return round(self.warmup * self.steps)
+
+    @property
+    def decay_steps(self) -> int: return round(self.decay * self.steps)
+
+    @property
+    def branch_step(self) -> int: return max(self.steps - self.decay_steps - self.branch_steps, 0)     # the branch ends where the decay begins
+
+
+# What may differ between a checkpoint and the run that goes on from it: everything that does not change a number of the main run.
+FREE = {"out", "device", "recompute", "save_every", "keep", "eval_windows", "branches", "branch_steps", "branch_from", "resume", "fresh"}
+
+
+# %% 2 · Tokenizer  [Tekken]
+# Byte-pair encoding: begin with 256 bytes, join the most frequent neighbours into a new token, repeat. A pattern first cuts text into words, so
+# no token crosses one; it cuts numbers into single digits, because sums are computed digit by digit. Ids below RESERVED are no text at all: the
+# released special tokens sit on their released ids there and <SPECIAL_n> fills the rest; byte i is id RESERVED + i, and merge n (from 0) is id
+# RESERVED + 256 + n.
+# NOTE: a document ends with </s> and nothing opens it: the released base models end documents with id 2, and their chat format has no <s>.
+
+RESERVED = 32      # ours: of 4,096; Tekken reserves 1,000 of 131,072
+SPECIALS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<|im_start|>": 10, "<|im_end|>": 11, "<think>": 12, "</think>": 13, "<tool_call>": 14,
+            "</tool_call>": 15, "<tool_response>": 16, "</tool_response>": 17}
+EOS = SPECIALS["</s>"]
+PATTERN = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"      # a word that ends in small letters, or
+           r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"     # begins with capitals; one sign before it
+           r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")                    # one digit | punctuation | line ends | spaces
+
+
+def train_bpe(texts: Iterable[str], merges: int, pattern: str = PATTERN) -> dict[bytes, int]:
+    """Rung 1, the definition: token bytes -> rank. It counts every pair anew for each merge; rustbpe finds the same merges, fast."""
+    import regex  # python's own re has no \\p{...}
+    counts = Counter(word for text in texts for word in regex.findall(pattern, text))
+    words = [(list(word.encode()), n) for word, n in counts.items()]
+    token = [bytes([i]) for i in range(256)]
+    for new in range(256, 256 + merges):
+        pairs = Counter()
+        for ids, n in words:
+            for pair in zip(ids, ids[1:]): pairs[pair] += n
+        if not pairs: break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))      # the most frequent; of equals, the smallest ids
+        token.append(token[best[0]] + token[best[1]])
+        for ids, _ in words:
+            i = 0
+            while i < len(ids) - 1:
+                if (ids[i], ids[i + 1]) == best: ids[i:i + 2] = [new]
+                i += 1
+    return {b: rank for rank, b in enumerate(token)}
+
+
+class Tokenizer:
+    """Text <-> ids. ranks: token bytes -> rank in the order of the merges (0-255 are the bytes); an id is RESERVED + rank."""
+    def __init__(self, ranks: dict[bytes, int], pattern: str = PATTERN):
+        import tiktoken
+        self.ranks, self.pattern = ranks, pattern
+        names = {i: name for name, i in SPECIALS.items()}
+        self.specials = {names.get(i, f"<SPECIAL_{i}>"): i for i in range(RESERVED)}
+        ids = {b: RESERVED + rank for b, rank in ranks.items()}
+        self.encoding = tiktoken.Encoding("nemotron-toy", pat_str=pattern, mergeable_ranks=ids, special_tokens=self.specials)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab: int) -> Tokenizer:
+        """At most `vocab` ids in all; a short text has fewer pairs to merge and gives a smaller vocabulary."""
+        import rustbpe
+        if vocab < RESERVED + 256: raise ValueError(f"vocab = {vocab}: {RESERVED} reserved ids and 256 bytes need at least {RESERVED + 256}.")
+        trainer = rustbpe.Tokenizer()
+        trainer.train_from_iterator(iter(texts), vocab - RESERVED, pattern=PATTERN)
+        return cls({bytes(b): rank for b, rank in trainer.get_mergeable_ranks()})
+
+    def __len__(self) -> int: return RESERVED + len(self.ranks)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text. What looks like a special token stays text: "</s>" typed by a user does not end a document."""
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids, special tokens by name. An id that no token has (a model's vocabulary may be larger) reads <unk>, a cut character U+FFFD."""
+        return self.encoding.decode([i if i < len(self) else SPECIALS["<unk>"] for i in ids])
+
+    def byte_counts(self, vocab: int) -> Tensor:
+        """Bytes of text each id stands for, [v]; special tokens stand for none."""
+        sizes = torch.zeros(vocab, dtype=torch.long)
+        sizes[RESERVED:len(self)] = torch.tensor([len(b) for b in sorted(self.ranks, key=self.ranks.get)])
+        return sizes
+
+    def save(self, folder: str | Path) -> None:
+        """tokenizer.tiktoken: one line a token, base64 bytes and rank. tokenizer_specials.json: pattern and special tokens."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [f"{base64.b64encode(b).decode()} {rank}\n" for b, rank in sorted(self.ranks.items(), key=lambda item: item[1])]
+        (folder / "tokenizer.tiktoken").write_text("".join(lines))
+        (folder / "tokenizer_specials.json").write_text(json.dumps(dict(pattern=self.pattern, specials=self.specials), indent=1))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Tokenizer:
+        folder = Path(folder)
+        if not (folder / "tokenizer.tiktoken").exists():
+            raise ValueError(f"{folder} has no tokenizer.tiktoken: give a folder that Tokenizer.save wrote.")
+        pairs = (line.split() for line in (folder / "tokenizer.tiktoken").read_text().splitlines())
+        return cls({base64.b64decode(b): int(rank) for b, rank in pairs}, json.loads((folder / "tokenizer_specials.json").read_text())["pattern"])
+
+
+# %% 3 · Token shards
+# Text becomes one long row of ids on disk, documents behind one another, each closed by </s>. Memory-mapped, it costs no memory until it is
+# read. The index beside it says where documents end, and its hash says which data a run saw.
+
+class Shard:
+    """Tokens of one source: .tokens (memory-mapped) and .ends (where each document ends, </s> included)."""
+    def __init__(self, path: Path):
+        self.index = json.loads(path.with_suffix(".json").read_text())
+        size = path.stat().st_size
+        if size != self.index["bytes"]:
+            raise ValueError(f"{path} is cut short ({size:,} of {self.index['bytes']:,} bytes): delete {path.parent} and run again.")
+        self.tokens = np.memmap(path, dtype=self.index["dtype"], mode="r") if size else np.zeros(0, self.index["dtype"])
+        self.ends = np.array(self.index["ends"], dtype=np.int64)
+
+    @staticmethod
+    def write(path: Path, documents: Iterable[str], tokenizer: Tokenizer) -> None:
+        """Tokenizes documents into path (.bin) and its index (.json)."""
+        dtype = np.dtype(np.uint16 if len(tokenizer) <= 2 ** 16 else np.uint32)
+        ends, digest, total = [], hashlib.sha256(), 0
+        with path.open("wb") as file:
+            for batch in _batched(documents, 1024):
+                for ids in tokenizer.encoding.encode_ordinary_batch(batch, num_threads=os.cpu_count() or 1):
+                    raw = np.array([*ids, EOS], dtype=dtype).tobytes()
+                    file.write(raw); digest.update(raw)
+                    total += len(ids) + 1
+                    ends.append(total)
+        index = dict(dtype=dtype.name, tokens=total, bytes=total * dtype.itemsize, sha256=digest.hexdigest(), ends=ends)
+        path.with_suffix(".json").write_text(json.dumps(index))
+
+
+def _batched(items: Iterable, n: int) -> Iterator[list]:
+    batch = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == n: yield batch; batch = []
+    if batch: yield batch
+
+
+class Data(NamedTuple):
+    tokenizer: Tokenizer
+    train: dict[str, Shard]
+    held_out: dict[str, Shard]
+    record: dict                # data/corpus.py's corpus.json: documents, bytes and hashes by source
+
+
+def prepare_data(data: tuple[str, ...], folder: Path, vocab: int) -> Data:
+    """Text, tokenizer and shards, built once and found again under folder/corpus-KEY/vocab-N."""
+    home = corpus.build(data, folder)
+    record = json.loads((home / "corpus.json").read_text())
+    names, done = list(record["sources"]), home / f"vocab-{vocab}"
+    if not done.exists():
+        work = Path(tempfile.mkdtemp(prefix="vocab-", suffix=".part", dir=home))
+        tokenizer = Tokenizer.train((text for name in names for text in corpus.documents(home, name)), vocab)
+        tokenizer.save(work)
+        for name in names:
+            for part in ("train", "held_out"): Shard.write(work / f"{name}.{part}.bin", corpus.documents(home, name, part), tokenizer)
+        os.replace(work, done)
+    opened = ({name: Shard(done / f"{name}.{part}.bin") for name in names} for part in ("train", "held_out"))
+    train, held_out = ({name: shard for name, shard in shards.items() if len(shard.tokens)} for shards in opened)
+    return Data(Tokenizer.load(done), train, held_out, record)
+
+
+# %% 4 · Packed batches and blend  [Ultra, data]
+# A source is an endless row of tokens: its documents in an order drawn anew for each epoch. A training window is t + 1 tokens of that row, cut
+# without regard to documents; doc_bt counts them, so that Mamba states and attention end where a document does. Windows are dealt to sources by
+# the blend's shares. All of it is a function of (seed, step): the data position of a checkpoint is one number, and no loader has a state to lose.
+
+class Batch(NamedTuple):
+    """One step's windows. labels_bt[t] is the token after ids_bt[t]; mask_bt is False where that token opens another document (or is padding)."""
+    ids_bt: Tensor
+    labels_bt: Tensor
+    doc_bt: Tensor
+    mask_bt: Tensor
+
+    def split(self, n: int) -> list[Batch]:
+        return [Batch(*piece) for piece in zip(*(x.chunk(n) for x in self))]
+
+    def to(self, device) -> Batch:
+        return Batch(*(x.to(device) for x in self))
+
+    @classmethod
+    def from_windows(cls, ids_bt: np.ndarray, doc_bt: np.ndarray) -> Batch:
+        """ids and document numbers of t + 1 tokens a row.   ids 5 6 2 7, documents 0 0 0 1  ->  labels 6 2 7, mask 1 1 0"""
+        ids_bt, doc_bt = torch.from_numpy(ids_bt), torch.from_numpy(doc_bt)
+        return cls(ids_bt[:, :-1], ids_bt[:, 1:], doc_bt[:, :-1], (doc_bt[:, 1:] == doc_bt[:, :-1]) & (doc_bt[:, 1:] >= 0))
+
+
+class Stream:
+    """A shard's documents over and over, each epoch in its own order."""
+    def __init__(self, shard: Shard, seed: tuple[int, ...]):
+        self.shard, self.seed, self.size = shard, seed, len(shard.tokens)
+        self.starts, self.lengths = np.concatenate([[0], shard.ends[:-1]]), np.diff(shard.ends, prepend=0)
+        self.epoch = lru_cache(maxsize=2)(self._epoch)
+
+    def _epoch(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """(order of the documents in epoch n, where each ends)"""
+        order = np.random.default_rng([*self.seed, n]).permutation(len(self.lengths))
+        return order, self.lengths[order].cumsum()
+
+    def window(self, position: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, document numbers from 0) of `length` tokens from `position` of the endless row."""
+        ids, docs, n = np.empty(length, np.int64), np.empty(length, np.int64), 0
+        epoch, at = divmod(position, self.size)
+        order, ends = self.epoch(epoch)
+        i, filled = int(np.searchsorted(ends, at, side="right")), 0
+        while filled < length:
+            if i == len(order): epoch, at, i = epoch + 1, 0, 0; order, ends = self.epoch(epoch)
+            take = min(ends[i] - at, length - filled)
+            start = self.starts[order[i]] + self.lengths[order[i]] - (ends[i] - at)
+            ids[filled:filled + take], docs[filled:filled + take] = self.shard.tokens[start:start + take], n
+            at, filled, n, i = at + take, filled + take, n + 1, i + 1
+        return ids, docs
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Shares of the training windows by source, in two phases: first diversity, then quality  [Ultra]."""
+    phase1: dict[str, float]
+    phase2: dict[str, float]
+    switch: float = 0.75
+
+    @classmethod
+    def of(cls, shards: dict[str, Shard], switch: float = 0.75) -> Blend:
+        """data/corpus.py's table for built-in sources; by size as soon as there is other text, so that an epoch sees all of it once."""
+        size = {name: float(len(shard.tokens)) for name, shard in shards.items()}
+        known = all(name in corpus.SOURCES for name in shards)
+        phases = [{name: getattr(corpus.SOURCES[name], phase) for name in shards} if known else size for phase in ("phase1", "phase2")]
+        return cls(*({name: share / sum(phase.values()) for name, share in phase.items()} for phase in phases), switch)
+
+    def plan(self, windows: int, budget: int) -> np.ndarray:
+        """Which source each of `windows` windows reads; the phase switches after switch · budget of them. A longer plan begins like a shorter one.
+
+        Window k of a source with share w is due at (k + 1/2) / w, and windows are dealt as they fall due: shares .5 .25 .25 -> 0 1 2 0 ...
+        """
+        first = min(round(self.switch * budget), windows)
+        parts = []
+        for shares, n in ((self.phase1, first), (self.phase2, windows - first)):
+            due = [(np.arange(math.ceil(w * n) + 1) + 0.5) / w if w else np.zeros(0) for w in shares.values()]
+            source = np.repeat(np.arange(len(due)), [len(d) for d in due])
+            parts.append(source[np.argsort(np.concatenate(due), kind="stable")][:n])
+        return np.concatenate(parts)
+
+
+class Batches:
+    """step -> Batch, for a run of `steps` steps (and any number beyond, in the second phase)."""
+    def __init__(self, shards: dict[str, Shard], blend: Blend, batch: int, seq: int, steps: int, seed: int, extra: int = 0):
+        total = sum(len(s.tokens) for s in shards.values())
+        if total < batch * seq + 1:
+            raise ValueError(f"the corpus has {total:,} tokens and one batch of {batch} × {seq} needs {batch * seq + 1:,}: "
+                             "give more text, or lower --batch or --seq.")
+        self.batch, self.seq, self.names = batch, seq, list(blend.phase1)
+        self.streams = [Stream(shards[name], (seed, zlib.crc32(name.encode()))) for name in self.names]      # each source has its own order
+        self.plan = blend.plan((steps + extra) * batch, steps * batch)
+        self.turn = np.empty(len(self.plan), np.int64)      # which window of its source each one is
+        for i in range(len(self.names)): self.turn[self.plan == i] = np.arange((self.plan == i).sum())
+
+    def __call__(self, step: int) -> Batch:
+        rows = range(step * self.batch, (step + 1) * self.batch)
+        # windows overlap by one token: the last label of one is the first input of the next, and every token is predicted once
+        windows = [self.streams[self.plan[r]].window(int(self.turn[r]) * self.seq, self.seq + 1) for r in rows]
+        return Batch.from_windows(*(np.stack(x) for x in zip(*windows)))
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """How often each source has been read after `step` steps."""
+        seen = np.bincount(self.plan[:step * self.batch], minlength=len(self.names)) * self.seq
+        return {name: float(seen[i] / stream.size) for i, (name, stream) in enumerate(zip(self.names, self.streams))}
+
+
+# %% 5 · Schedule and optimizer  [Ultra, pretraining; Megatron, optimizer_param_scheduler]
+#     warmup   lr = peak · n / warmup                          n optimizer steps, this one included
+#     stable   lr = peak
+#     decay    lr = low + (peak - low) · (1 - sqrt(r)),        r = (n - start of the decay) / decay steps
+
+def wsd_lr(n: int, total: int, warmup: int, decay: int, peak: float, low: float) -> float:
+    """Warmup-stable-decay with the minus-sqrt form. n = 0 gives 0, n = warmup the peak, n >= total the low end:
+    total 100, decay 25, peak 1, low 0:  n 75 -> 1,  n 81.25 -> 0.5,  n 100 -> 0.   The first quarter of the decay halves the rate."""
+    if n >= total: return low
+    if n < warmup: return peak * n / warmup
+    if n <= total - decay: return peak
+    return low + (peak - low) * (1 - math.sqrt((n - total + decay) / decay))
+
+
+def decays(name: str, p: Tensor) -> bool:
+    """Weight decay is for matrices and the conv filters. Norms, biases, A_log, D and dt_bias carry a scale that decay would pull to zero.
+
+    The report gives 0.1 and no list of exceptions; this is Megatron's: nothing of one dimension, nor what Mamba marks. Embeddings decay.
+    """
+    return p.dim() > 1 and not name.endswith(("A_log", ".D", "dt_bias", "bias"))
+
+
+def make_optimizer(model: nemotron.Nemotron, config: PretrainConfig) -> torch.optim.AdamW:
+    named = list(model.named_parameters())
+    groups = [dict(params=[p for n, p in named if decays(n, p)], weight_decay=config.weight_decay),
+              dict(params=[p for n, p in named if not decays(n, p)], weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+
+
+# %% 6 · Checkpoints
+# A checkpoint is a folder: the released layout of stage 04 (any tool opens it), the optimizer, the random state, and the step, which is the data
+# position. It is written under another name, forced to disk, and renamed last: a crash leaves the old one or the new one, never half of one.
+# files.json holds the sizes, so that a copy cut short is noticed before anything is loaded.
+
+def checkpoints(home: Path) -> list[Path]:
+    return sorted(Path(home).glob("step-[0-9]*[0-9]"))
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, in words, or None."""
+    if not (folder / "files.json").exists(): return f"{folder} has no files.json: it is not a whole checkpoint"
+    for name, size in json.loads((folder / "files.json").read_text()).items():
+        found = (folder / name).stat().st_size if (folder / name).exists() else None
+        if found != size: return f"{folder / name} is " + ("missing" if found is None else f"cut short ({found:,} of {size:,} bytes)")
+    return None
+
+
+def newest_checkpoint(home: Path) -> Path:
+    """The newest whole checkpoint; a damaged one is named and passed over. ValueError when there is none."""
+    for folder in reversed(checkpoints(home)):
+        if not (problem := damage(folder)): return folder
+        print(f"passing over a damaged checkpoint: {problem}")
+    raise ValueError(f"nothing to resume: {home} holds no whole checkpoint; start without --resume.")
+
+
+def write_folder(final: Path, fill: Callable[[Path], None]) -> None:
+    """Creates folder `final` with the files that fill(folder) writes, all or nothing. OSError when the disk refuses; then `final` is as it was."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=final.name, suffix=".part", dir=final.parent))
+    try:
+        fill(work)
+        sizes = {f.name: f.stat().st_size for f in sorted(work.iterdir())}
+        (work / "files.json").write_text(json.dumps(sizes, indent=1))
+        for path in [*work.iterdir(), work]: _to_disk(path)
+        if final.exists(): shutil.rmtree(final)
+        os.replace(work, final)
+        _to_disk(final.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _to_disk(path: Path) -> None:
+    if path.is_dir() and os.name == "nt": return      # Windows cannot open a folder
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try: os.fsync(handle)
+    finally: os.close(handle)
+
+
+# %% 7 · Trainer
+# One optimizer step: for each micro-batch forward, loss and backward; clip; AdamW; move the experts' selection bias against the loads of the
+# whole batch.
+
+class Trainer:
+    """A model on its way. batches: step -> Batch; objective: (model, Batch) -> Losses, stage 04's loss unless a later stage brings its own."""
+    def __init__(self, config: PretrainConfig, model: nemotron.Nemotron, batches: Callable[[int], Batch], home: Path,
+                 tokenizer: Tokenizer | None = None, objective: Callable | None = None, data_hash: str = ""):
+        self.config, self.batches, self.home, self.tokenizer, self.data_hash = config, batches, Path(home), tokenizer, data_hash
+        self.objective = objective or (lambda model, x: nemotron.loss(model, *x, mtp_weight=config.mtp_weight, aux_weight=config.aux_weight))
+        self.model = model.to(config.device).train()
+        if config.precision == "nvfp4": nemotron.apply_recipe(self.model, nvfp4.NVFP4Recipe())
+        self.model.recompute = config.recompute
+        self.optimizer = make_optimizer(self.model, config)
+        self.step, self.rows, self.saved_step = 0, [], None
+
+    def autocast(self):
+        """bf16 products over fp32 weights: always for bf16, and under nvfp4 on a GPU. A CPU computes the rest of an nvfp4 run in fp32."""
+        c = self.config
+        on = c.precision == "bf16" or c.precision == "nvfp4" and c.device == "cuda"
+        return torch.autocast(c.device, torch.bfloat16) if on else contextlib.nullcontext()
+
+    def train_step(self) -> dict:
+        """One optimizer step; returns its row of metrics. ValueError when the loss is not finite: the weights are then as before the step."""
+        c, start = self.config, time.perf_counter()
+        lr = wsd_lr(self.step + 1, c.steps, c.warmup_steps, c.decay_steps, c.lr, c.lr_min)
+        for group in self.optimizer.param_groups: group["lr"] = lr
+        batch, parts, load_me = self.batches(self.step).to(c.device), [], 0
+        for micro, piece in enumerate(batch.split(c.micro_batches)):
+            self.model.set_draws(c.seed, self.step, micro)
+            with self.autocast(): losses = self.objective(self.model, piece)
+            # NOTE: the mean of the pieces' means, as Megatron does; pieces differ slightly in how many tokens count
+            (losses.total / c.micro_batches).backward()
+            parts.append(torch.stack([x.detach().float() for x in (losses.total, losses.main, losses.aux, *losses.mtp_k)]))
+            load_me = load_me + losses.load_me
+        total, main, aux, *mtp = torch.stack(parts).mean(0).tolist()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip).item()
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            raise ValueError(f"step {self.step + 1}: the loss is {total} and its gradient norm {norm}; lower --lr, or --resume from a checkpoint.")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.update_expert_bias(load_me, c.bias_rate)
+        self.step += 1
+        violation = moe.max_violation(load_me.cpu()).tolist()
+        seconds = time.perf_counter() - start
+        row = dict(step=self.step, loss=main, total=total, aux=aux, **{f"mtp_{k}": x for k, x in enumerate(mtp, 1)}, lr=lr, grad_norm=norm,
+                   max_vio_median=float(np.median(violation)) if violation else None, max_vio=max(violation, default=None),
+                   tokens_per_s=round(batch.ids_bt.numel() / seconds, 1), seconds=round(seconds, 4))
+        self.rows.append(row)
+        return row
+
+    def fit(self, until: int, save_at: Iterable[int] = (), log_every: int = 50, label: str = "train") -> bool:
+        """Trains to step `until`, saving every save_every steps, at `save_at` and at the end. False when Ctrl-C ended it (the step is saved)."""
+        c, save_at, log = self.config, {*save_at, until}, self.home / "metrics.jsonl"
+        self.home.mkdir(parents=True, exist_ok=True)
+        with _Interrupt() as interrupt, log.open("a") as file, tqdm(total=until, initial=self.step, desc=label, unit="step", disable=None) as bar:
+            while self.step < until and not interrupt.seen:
+                row = self.train_step()
+                file.write(json.dumps(row) + "\n"); file.flush()
+                bar.update(); bar.set_postfix(loss=f"{row['loss']:.3f}", tok_s=f"{row['tokens_per_s']:,.0f}")
+                if self.step % log_every == 0 or self.step in (1, until):
+                    tqdm.write(log_line(row))
+                if self.step % c.save_every == 0 or self.step in save_at: self.save()
+            if interrupt.seen: self.save()
+        return not interrupt.seen
+
+    def save(self) -> Path:
+        """Writes home/step-N and removes checkpoints beyond the newest `keep` (but never the one that branches start from)."""
+        folder = self.home / f"step-{self.step:06d}"
+        if self.saved_step == self.step: return folder
+
+        def fill(work: Path) -> None:
+            nemotron.save_checkpoint(work, self.model, self.tokenizer)
+            state = {name: self.optimizer.state[p] for name, p in self.model.named_parameters()}
+            torch.save(dict(optimizer=state, rng=torch.get_rng_state(), step=self.step), work / "trainer.pt")
+            about = dict(config=asdict(self.config), step=self.step, data=self.data_hash, torch=torch.__version__)
+            (work / "pretrain.json").write_text(json.dumps(about, indent=1, default=str))
+
+        try: write_folder(folder, fill)
+        except OSError as error:
+            raise ValueError(f"cannot write the checkpoint {folder} ({error.strerror or error}): make room, then --resume.") from error
+        self.saved_step = self.step
+        for old in checkpoints(self.home)[:-self.config.keep]:
+            if old.name != f"step-{self.config.branch_step:06d}": shutil.rmtree(old)
+        return folder
+
+    @classmethod
+    def load(cls, folder: Path, config: PretrainConfig, batches: Callable[[int], Batch], home: Path, **kwargs) -> Trainer:
+        """A trainer as it was at a checkpoint. config.precision may be another than the checkpoint's: that is a branch."""
+        if problem := damage(folder): raise ValueError(f"{problem}: take another checkpoint.")
+        trainer = cls(config, nemotron.load_checkpoint(folder), batches, home, **kwargs)
+        state = torch.load(folder / "trainer.pt", map_location=config.device, weights_only=True)
+        for name, p in trainer.model.named_parameters(): trainer.optimizer.state[p] = state["optimizer"][name]
+        torch.set_rng_state(state["rng"].cpu())
+        trainer.step = trainer.saved_step = state["step"]
+        return trainer
+
+
+def log_line(row: dict) -> str:
+    balance = "" if row["max_vio"] is None else f"max load/mean {row['max_vio_median']:.2f}, worst layer {row['max_vio']:.2f} | "
+    return (f"step {row['step']:5d} | loss {row['loss']:.4f} | lr {row['lr']:.2e} | grad norm {row['grad_norm']:6.3f} | {balance}"
+            f"tok/s {row['tokens_per_s']:7,.0f}")
+
+
+class _Interrupt:
+    """While inside, Ctrl-C (and a scheduler's SIGTERM) only sets .seen, so that the step at hand is finished; a second one stops at once."""
+    def __enter__(self):
+        self.seen, self.before = False, {}
+        if threading.current_thread() is threading.main_thread():
+            for which in (signal.SIGINT, signal.SIGTERM): self.before[which] = signal.signal(which, self.note)
+        return self
+
+    def note(self, which, frame):
+        self.seen = True
+        for which, handler in self.before.items(): signal.signal(which, handler)
+
+    def __exit__(self, *_):
+        for which, handler in self.before.items(): signal.signal(which, handler)
+
+
+def check_same_run(folder: Path, config: PretrainConfig, data_hash: str) -> None:
+    """ValueError naming the first setting, or the data, that differs from the checkpoint's: going on would be neither this run nor that one."""
+    saved = json.loads((folder / "pretrain.json").read_text())
+    now = json.loads(json.dumps(asdict(config), default=str))
+    for f in fields(config):
+        if f.name not in FREE and saved["config"].get(f.name) != now[f.name]:
+            raise ValueError(f"{folder} was trained with {f.name} = {saved['config'].get(f.name)}, not {now[f.name]}: go on with the same settings, "
+                             "or start over with --fresh.")
+    if saved["data"] != data_hash:
+        raise ValueError(f"the text is not the one {folder} was trained on: give the same --data, or start over with --fresh.")
+
+
+# %% 8 · Bits per byte
+# A loss per token depends on the tokenizer; bits per byte do not: nats of all predicted tokens / ln 2 / bytes these tokens stand for. </s> has no
+# bytes, but its nats count: knowing where a text ends is part of predicting it. The first token of a window or a document is predicted by
+# nobody and counts in neither.
+
+@torch.no_grad()
+def score_text(model: nemotron.Nemotron, shard: Shard, tokenizer: Tokenizer, seq: int, windows: int, autocast=contextlib.nullcontext,
+               batch: int = 16) -> tuple[float, int]:
+    """(nats, bytes) summed over the first `windows` windows of a shard's documents, in their order on disk."""
+    device, size = model.lm_head.weight.device, tokenizer.byte_counts(model.config.vocab)
+    n = min(windows, -(-max(len(shard.tokens) - 1, 0) // seq))
+    ids_nt, doc_nt = np.zeros((n, seq + 1), np.int64), np.full((n, seq + 1), -1, np.int64)
+    for i in range(n):
+        span = np.arange(i * seq, min((i + 1) * seq + 1, len(shard.tokens)))
+        ids_nt[i, :len(span)], doc_nt[i, :len(span)] = shard.tokens[span], np.searchsorted(shard.ends, span, side="right")
+    nats = counted = 0
+    for i in range(0, n, batch):
+        x = Batch.from_windows(ids_nt[i:i + batch], doc_nt[i:i + batch])
+        counted += int(size[x.labels_bt[x.mask_bt]].sum())
+        x = x.to(device)
+        with autocast():
+            h_rd = model.hidden(x.ids_bt, x.doc_bt).flatten(0, 1)
+            mean = nemotron.linear_cross_entropy(h_rd, model.lm_head.weight, x.labels_bt.flatten(), x.mask_bt.flatten())
+        nats += mean.item() * int(x.mask_bt.sum())
+    return nats, counted
+
+
+def evaluate(trainer: Trainer, held_out: dict[str, Shard]) -> dict[str, float]:
+    """Bits per byte of held-out text by source, and "all" over the bytes of all of them; prints the table."""
+    c, sums = trainer.config, {}
+    trainer.model.eval()
+    for name, shard in held_out.items():
+        sums[name] = score_text(trainer.model, shard, trainer.tokenizer, c.seq, c.eval_windows, trainer.autocast)
+    trainer.model.train()
+    sums = {name: pair for name, pair in sums.items() if pair[1]}
+    if not sums: print("no held-out text: the corpus is too small to set one document in fifty aside"); return {}
+    sums["all"] = tuple(map(sum, zip(*sums.values())))
+    print(f"\n{'held-out text':16} {'bytes scored':>12} {'bits per byte':>14}")
+    for name, (nats, counted) in sums.items(): print(f"{name:16} {counted:12,d} {nats / math.log(2) / counted:14.3f}")
+    return {name: nats / math.log(2) / counted for name, (nats, counted) in sums.items()}
+
+
+# %% 9 · Branches  [Ultra, health check of NVFP4]
+# Does 4-bit training cost loss? Ultra answers by branching: from one checkpoint, on the same data, once in each precision. There the main run is
+# in NVFP4 and the branch in bf16 (gap 0.25 to 0.28 % after 5B tokens); here the main run is in fp32 and both branches are short, for a CPU.
+
+def run_branch(checkpoint: Path, config: PretrainConfig, data: Data, home: Path) -> Trainer:
+    """config.branch_steps more steps from a checkpoint in config.precision, on the data and the learning rates it would have seen."""
+    blend = Blend.of(data.train, config.blend_switch)
+    batches = Batches(data.train, blend, config.batch, config.seq, config.steps, config.seed, extra=config.branch_steps)
+    trainer = Trainer.load(checkpoint, config, batches, home, tokenizer=data.tokenizer)
+    shutil.rmtree(home, ignore_errors=True)
+    if not trainer.fit(trainer.step + config.branch_steps, log_every=20, label=f"branch in {config.precision}"): raise KeyboardInterrupt
+    return trainer
+
+
+def second_half(rows: list[dict]) -> float:
+    """Mean loss of the second half of a branch: the first steps still show the jump of the switch."""
+    return float(np.mean([row["loss"] for row in rows[len(rows) // 2:]]))
+
+
+def relative_gap(branch: list[dict], reference: list[dict]) -> float:
+    return second_half(branch) / second_half(reference) - 1      # (loss - reference loss) / reference loss
+
+
+def compare_branches(config: PretrainConfig, data: Data) -> dict[str, list[dict]]:
+    """Runs config.branches from the checkpoint before the decay, prints and returns their rows by precision."""
+    checkpoint, runs = config.home / f"step-{config.branch_step:06d}", {}
+    if not config.branches: return runs
+    if not checkpoint.exists(): print(f"no branches: {checkpoint} is not there"); return runs
+    print(f"\nbranches of {config.branch_steps} steps from {checkpoint}, same data, same schedule")
+    for precision in config.branches:
+        runs[precision] = run_branch(checkpoint, replace(config, precision=precision), data, config.home / f"branch-{precision}").rows
+    first = config.branches[0]
+    for precision in config.branches[1:]:
+        print(f"relative loss gap of {precision} to {first}, last {config.branch_steps - config.branch_steps // 2} steps: "
+              f"{relative_gap(runs[precision], runs[first]):+.2%}    (Ultra, NVFP4 to bf16: +0.25 to +0.28 %)")
+    return runs
+
+
+# %% 10 · Figures and text
+
+def smooth(values: list[float], width: int) -> np.ndarray:
+    """Mean of the last `width` values at each point (of fewer at the beginning)."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    begins = np.maximum(ends - width, 0)
+    return (sums[ends] - sums[begins]) / (ends - begins)
+
+
+def plot_run(rows: list[dict], branches: dict[str, list[dict]], config: PretrainConfig, path: Path) -> None:
+    """Figure: the loss by step with the learning rate behind it; beside it the branches."""
+    fig, axes = nvfp4.new_figure(columns=2 if branches else 1)
+    ax = axes[0] if branches else axes
+    steps, loss = [r["step"] for r in rows], [r["loss"] for r in rows]
+    line = smooth(loss, max(1, len(loss) // 30))
+    ax.plot(steps, loss, color="#9fb8d8", linewidth=0.7, label="each step")
+    ax.plot(steps, line, color="#1f4e8c", linewidth=2, label="mean of recent steps")
+    ax.set_title(f"The model learns: loss {loss[0]:.1f} at the first step, {line[-1]:.2f} at the last")
+    ax.set_xlabel("optimizer step"); ax.set_ylabel("training loss (nats a token)")
+    rate = ax.twinx()
+    rate.fill_between(steps, [r["lr"] for r in rows], color="#e8a33d", alpha=0.25, linewidth=0)
+    rate.set_ylim(0, 3 * config.lr); rate.set_ylabel("learning rate (orange area)"); rate.grid(False)
+    for step, text in ((config.steps - config.decay_steps, "decay"), (round(config.blend_switch * config.steps), "second blend")):
+        ax.axvline(step, color="0.5", linestyle=":", linewidth=1)
+        ax.text(step, ax.get_ylim()[1], f"{text} begins ", rotation=90, ha="right", va="top", fontsize=9, color="0.35")
+    ax.legend(loc="upper center", frameon=False)
+    if branches:
+        first = next(iter(branches))
+        for (precision, run), colour in zip(branches.items(), ("#1f4e8c", "#c0392b", "#3d8b4f")):
+            axes[1].plot([r["step"] for r in run], [r["loss"] for r in run], color=colour, label=precision)
+        gaps = ", ".join(f"{p} {relative_gap(run, branches[first]):+.1%}" for p, run in branches.items() if p != first)
+        axes[1].set_title(f"Same checkpoint, same data, other precision: {gaps or first}\n(loss of the second half against {first})")
+        axes[1].set_xlabel("optimizer step"); axes[1].set_ylabel("training loss (nats a token)"); axes[1].legend(frameon=False)
+    nvfp4.save_figure(fig, path)
+
+
+# three kinds of text, each with the temperature that suits it: a sum has one right answer
+PROMPTS = [("a story", "Once upon a time", 0.7), ("a Python function", "def get_", 0.5), ("an arithmetic question", "Q: 6 + 7 = ?\nA:", 0.0)]
+
+
+def write_samples(model: nemotron.Nemotron, tokenizer: Tokenizer, seed: int = 0) -> dict[str, str]:
+    """Prints and returns how the model continues three prompts."""
+    samples = {}
+    for what, prompt, temperature in PROMPTS:
+        sampling = nemotron.SamplingParams(max_tokens=150, temperature=temperature, top_p=0.95, seed=seed, stop_ids=(EOS,))
+        ids = nemotron.generate(model, [tokenizer.encode(prompt)], sampling)[0].ids
+        samples[what] = prompt + tokenizer.decode(i for i in ids if i != EOS)
+        print(f"\n--- {what} (temperature {temperature}); the prompt is {prompt!r}\n{samples[what].rstrip()}")
+    return samples
+
+
+def print_data(data: Data, batches: Batches, blend: Blend, steps: int) -> None:
+    print(f"{'source':14} {'MB':>6} {'documents':>10} {'tokens':>10} {'bytes/token':>12} {'held out':>9} {'phase 1':>8} {'phase 2':>8} {'epochs':>7}")
+    for name, epochs in batches.epochs(steps).items():
+        part, shard = data.record["sources"][name], data.train[name]
+        size, tokens, held_out = part["train"]["bytes"], len(shard.tokens), part["held_out"]["documents"]
+        print(f"{name:14} {size / 1e6:6.2f} {len(shard.ends):10,d} {tokens:10,d} {size / tokens:12.2f} {held_out:9,d} "
+              f"{blend.phase1[name]:8.0%} {blend.phase2[name]:8.0%} {epochs:7.2f}")
+    print(f"text read under Python {data.record['python']} (the standard library's text differs by version); vocabulary {len(data.tokenizer):,}\n")
+
+
+# %% 11 · Command
+
+def check_machine(config: PretrainConfig) -> None:
+    """ValueError, before any work, for a device that is not there, a folder that cannot be written, or a model that cannot fit."""
+    there = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+    if not there[config.device]:
+        raise ValueError(f"--device {config.device}: this torch sees no such device; use one of {', '.join(d for d in there if there[d])}.")
+    try:
+        config.home.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=config.home): pass
+    except OSError as error:
+        raise ValueError(f"cannot write to {config.home} ({error.strerror or error}): choose another folder with --out.") from error
+    book = nemotron.ledger(nemotron.preset(config.preset))
+    need = 16 * (book.total + book.mtp)      # fp32 weight, gradient and two moments
+    have = torch.cuda.get_device_properties(0).total_memory if config.device == "cuda" else _physical_memory()
+    if need > have:
+        raise ValueError(f"preset {config.preset} needs {need / 1e9:,.0f} GB for weights, gradients and optimizer and {config.device} has "
+                         f"{have / 1e9:,.0f} GB: choose a smaller preset.")
+
+
+def _physical_memory() -> float:
+    try: return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError): return math.inf      # not known here (Windows)
+
+
+def hash_of(data: Data) -> str:
+    return hashlib.sha256("".join(shard.index["sha256"] for shard in data.train.values()).encode()).hexdigest()[:16]
+
+
+def start(config: PretrainConfig, data: Data, batches: Batches) -> Trainer:
+    """The trainer of a new run, or of the one that --resume finds. ValueError when an earlier run would be overwritten unasked."""
+    home, log = config.home, config.home / "metrics.jsonl"
+    if config.fresh:
+        for old in [*home.glob("step-*"), *home.glob("branch-*")]: shutil.rmtree(old)
+        log.unlink(missing_ok=True)
+    shared = dict(tokenizer=data.tokenizer, data_hash=hash_of(data))
+    if config.resume:
+        folder = newest_checkpoint(home)
+        check_same_run(folder, config, shared["data_hash"])
+        trainer = Trainer.load(folder, config, batches, home, **shared)
+        rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        trainer.rows = [row for row in rows if row["step"] <= trainer.step]      # those after the checkpoint will be written again
+        log.write_text("".join(json.dumps(row) + "\n" for row in trainer.rows))
+        print(f"resuming from {folder}\n")
+        return trainer
+    if checkpoints(home):
+        raise ValueError(f"{home} holds checkpoints of an earlier run: --resume goes on with it, --fresh deletes it, --out chooses another folder.")
+    torch.manual_seed(config.seed)
+    return Trainer(config, nemotron.Nemotron(nemotron.preset(config.preset)), batches, home, **shared)
+
+
+def branch_only(config: PretrainConfig) -> None:
+    """--branch-from: one branch with the settings of the checkpoint, in --precision."""
+    if problem := damage(config.branch_from): raise ValueError(f"{problem}: give --branch-from a folder like out/pretrain/step-000485.")
+    saved = json.loads((config.branch_from / "pretrain.json").read_text())
+    fixed = {f.name: tuple(v) if isinstance(v := saved["config"][f.name], list) else v for f in fields(config) if f.name not in FREE | {"precision"}}
+    config = replace(config, **fixed)
+    data = prepare_data(config.data, config.out / "data", nemotron.preset(config.preset).vocab)
+    check_same_run(config.branch_from, replace(config, precision=saved["config"]["precision"]), hash_of(data))
+    trainer = run_branch(config.branch_from, config, data, config.home / f"branch-{config.precision}-{config.branch_from.name}")
+    print(f"\n{config.branch_steps} steps in {config.precision}: mean loss of the second half {second_half(trainer.rows):.4f}"
+          f"   rows: {trainer.home / 'metrics.jsonl'}   checkpoint: {trainer.save()}")
+
+
+def main(config: PretrainConfig) -> None:
+    began = time.perf_counter()
+    check_machine(config)
+    if config.branch_from: return branch_only(config)
+    sizes = nemotron.preset(config.preset)
+    data = prepare_data(config.data, config.out / "data", sizes.vocab)
+    blend = Blend.of(data.train, config.blend_switch)
+    batches = Batches(data.train, blend, config.batch, config.seq, config.steps, config.seed)
+    print_data(data, batches, blend, config.steps)
+    trainer = start(config, data, batches)
+    nemotron.print_placement(trainer.model)
+    print(f"\npreset {config.preset} in {config.precision} on {config.device}: {config.steps} steps of {config.batch} × {config.seq} tokens "
+          f"({config.steps * config.batch * config.seq / 1e6:.2f}M), learning rate {config.lr:g} to {config.lr_min:g}")
+    if not trainer.fit(config.steps, save_at={config.branch_step}):
+        print(f"\nstopped after step {trainer.step}, saved in {trainer.home / f'step-{trainer.step:06d}'}: the same command with --resume goes on.")
+        sys.exit(130)
+
+    branches = compare_branches(config, data)
+    bits = evaluate(trainer, data.held_out)
+    samples = write_samples(trainer.model, data.tokenizer, config.seed)
+    plot_run(trainer.rows, branches, config, config.out / "05_loss.png")
+    tail = trainer.rows[-max(1, len(trainer.rows) // 30):]
+    gaps = {p: relative_gap(rows, branches[config.branches[0]]) for p, rows in branches.items() if p != config.branches[0]}
+    nvfp4.write_row(config.out, "05_pretrain", preset=config.preset, precision=config.precision, seed=config.seed, steps=config.steps,
+                    tokens=config.steps * config.batch * config.seq, loss=round(sum(r["loss"] for r in tail) / len(tail), 4),
+                    bits_per_byte={k: round(v, 4) for k, v in bits.items()}, branch_gap={k: round(v, 5) for k, v in gaps.items()}, samples=samples,
+                    tokens_per_s=float(np.median([r["tokens_per_s"] for r in trainer.rows])), python=data.record["python"],
+                    threads=torch.get_num_threads(), seconds=round(time.perf_counter() - began, 1))
+    print(f"\nfigure: {config.out / '05_loss.png'}   checkpoint: {trainer.home / f'step-{trainer.step:06d}'}   "
+          f"metrics: {trainer.home / 'metrics.jsonl'}   {time.perf_counter() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    nvfp4.run_command(main, PretrainConfig, __doc__)
