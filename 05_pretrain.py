@@ -6,7 +6,7 @@ Sources:   [Ultra] Nemotron 3 Ultra report, arXiv 2606.15007 · [NVFP4] Pretrain
 Run:       python 05_pretrain.py                     # minutes on 2 CPU cores: corpus, tokenizer, training, fp32 and NVFP4 branches, text
            python 05_pretrain.py --resume            # goes on after Ctrl-C or a crash, with the losses it would have had
            python 05_pretrain.py --data my/*.txt --out out/mine --branches    # your own text, no branches
-           python 05_pretrain.py --branch-from out/pretrain/step-000485 --precision nvfp4 --branch-steps 40
+           python 05_pretrain.py --branch-from out/pretrain/step-000560 --precision nvfp4 --branch-steps 40
 Contents:  1 config   2 tokenizer   3 token shards   4 packed batches and blend   5 schedule and optimizer   6 checkpoints
            7 trainer   8 bits per byte   9 branches   10 figures and text   11 command
 Letters:   b batch  t time  v vocabulary  m MoE layer  e experts
@@ -56,7 +56,7 @@ class PretrainConfig:
     preset: Preset = "tiny"
     data: tuple[str, ...] = ()       # built-in sources by name, files (.txt .jsonl .parquet), hf:NAME; nothing = all built-in sources
     out: Path = Path("out")          # figures and result rows; checkpoints in out/pretrain, text and tokens in out/data
-    steps: int = 700                 # optimizer steps, ours: about 3 minutes on 2 cores; Ultra takes 794,728
+    steps: int = 800                 # optimizer steps, ours: about 3 minutes on 2 cores; Ultra takes 794,728
     batch: int = 4                   # sequences a step, ours: Ultra 3,072
     seq: int = 256                   # tokens a sequence, ours: Ultra 8,192
     micro_batches: int = 1           # pieces a step's batch is computed in; gradients are averaged over them
@@ -669,10 +669,24 @@ def smooth(values: list[float], width: int) -> np.ndarray:
     return (sums[ends] - sums[begins]) / (ends - begins)
 
 
+def plot_gaps(ax, branches: dict[str, list[dict]]) -> None:
+    """How far each branch's loss lies from the first branch's, step by step: the losses themselves would lie on one line."""
+    (first, reference), *others = branches.items()
+    steps = [row["step"] for row in reference]
+    for (precision, run), colour in zip(others, ("#c0392b", "#3d8b4f", "#7d3c98")):
+        ax.plot(steps, [100 * (r["loss"] / q["loss"] - 1) for r, q in zip(run, reference)], color=colour, marker=".", linewidth=1, label=precision)
+        ax.axhline(100 * relative_gap(run, reference), xmin=0.5, color=colour, linewidth=2)
+    ax.axhline(0, color="0.3", linewidth=1)
+    ax.set_title("Same checkpoint, same data, fewer bits: loss "
+                 + ", ".join(f"{100 * relative_gap(run, reference):+.2f} % in {p}" for p, run in others))
+    ax.set_xlabel("optimizer step"); ax.set_ylabel(f"loss against {first} (%)")
+    ax.text(0.99, 0.95, "thick line: mean of the second half", transform=ax.transAxes, ha="right", fontsize=9, color="0.35"); ax.legend(frameon=False)
+
+
 def plot_run(rows: list[dict], branches: dict[str, list[dict]], config: PretrainConfig, path: Path) -> None:
     """Figure: the loss by step with the learning rate behind it; beside it the branches."""
-    fig, axes = nvfp4.new_figure(columns=2 if branches else 1)
-    ax = axes[0] if branches else axes
+    fig, axes = nvfp4.new_figure(columns=2 if len(branches) > 1 else 1)
+    ax = axes[0] if len(branches) > 1 else axes
     steps, loss = [r["step"] for r in rows], [r["loss"] for r in rows]
     line = smooth(loss, max(1, len(loss) // 30))
     ax.plot(steps, loss, color="#9fb8d8", linewidth=0.7, label="each step")
@@ -682,29 +696,26 @@ def plot_run(rows: list[dict], branches: dict[str, list[dict]], config: Pretrain
     rate = ax.twinx()
     rate.fill_between(steps, [r["lr"] for r in rows], color="#e8a33d", alpha=0.25, linewidth=0)
     rate.set_ylim(0, 3 * config.lr); rate.set_ylabel("learning rate (orange area)"); rate.grid(False)
-    for step, text in ((config.steps - config.decay_steps, "decay"), (round(config.blend_switch * config.steps), "second blend")):
+    marks = {config.steps - config.decay_steps: ["decay"]}
+    marks.setdefault(round(config.blend_switch * config.steps), []).insert(0, "second blend")      # other text: part of the fall is not learning
+    for step, what in marks.items():
         ax.axvline(step, color="0.5", linestyle=":", linewidth=1)
-        ax.text(step, ax.get_ylim()[1], f"{text} begins ", rotation=90, ha="right", va="top", fontsize=9, color="0.35")
+        ax.text(step, 0.98, " and ".join(what) + " ", transform=ax.get_xaxis_transform(), rotation=90, ha="right", va="top", fontsize=9, color="0.35")
     ax.legend(loc="upper center", frameon=False)
-    if branches:
-        first = next(iter(branches))
-        for (precision, run), colour in zip(branches.items(), ("#1f4e8c", "#c0392b", "#3d8b4f")):
-            axes[1].plot([r["step"] for r in run], [r["loss"] for r in run], color=colour, label=precision)
-        gaps = ", ".join(f"{p} {relative_gap(run, branches[first]):+.1%}" for p, run in branches.items() if p != first)
-        axes[1].set_title(f"Same checkpoint, same data, other precision: {gaps or first}\n(loss of the second half against {first})")
-        axes[1].set_xlabel("optimizer step"); axes[1].set_ylabel("training loss (nats a token)"); axes[1].legend(frameon=False)
+    if len(branches) > 1: plot_gaps(axes[1], branches)
     nvfp4.save_figure(fig, path)
 
 
 # three kinds of text, each with the temperature that suits it: a sum has one right answer
-PROMPTS = [("a story", "Once upon a time", 0.7), ("a Python function", "def get_", 0.5), ("an arithmetic question", "Q: 6 + 7 = ?\nA:", 0.0)]
+PROMPTS = [("a story", "Once upon a time", 0.7), ("a Python function", "class File:\n    def __init__(self, name):\n", 0.4),
+           ("an arithmetic question", "Q: 6 + 7 = ?\nA:", 0.0)]
 
 
 def write_samples(model: nemotron.Nemotron, tokenizer: Tokenizer, seed: int = 0) -> dict[str, str]:
     """Prints and returns how the model continues three prompts."""
     samples = {}
     for what, prompt, temperature in PROMPTS:
-        sampling = nemotron.SamplingParams(max_tokens=150, temperature=temperature, top_p=0.95, seed=seed, stop_ids=(EOS,))
+        sampling = nemotron.SamplingParams(max_tokens=120, temperature=temperature, top_p=0.95, seed=seed, stop_ids=(EOS,))
         ids = nemotron.generate(model, [tokenizer.encode(prompt)], sampling)[0].ids
         samples[what] = prompt + tokenizer.decode(i for i in ids if i != EOS)
         print(f"\n--- {what} (temperature {temperature}); the prompt is {prompt!r}\n{samples[what].rstrip()}")
@@ -774,7 +785,7 @@ def start(config: PretrainConfig, data: Data, batches: Batches) -> Trainer:
 
 def branch_only(config: PretrainConfig) -> None:
     """--branch-from: one branch with the settings of the checkpoint, in --precision."""
-    if problem := damage(config.branch_from): raise ValueError(f"{problem}: give --branch-from a folder like out/pretrain/step-000485.")
+    if problem := damage(config.branch_from): raise ValueError(f"{problem}: give --branch-from a folder like out/pretrain/step-000560.")
     saved = json.loads((config.branch_from / "pretrain.json").read_text())
     fixed = {f.name: tuple(v) if isinstance(v := saved["config"][f.name], list) else v for f in fields(config) if f.name not in FREE | {"precision"}}
     config = replace(config, **fixed)

@@ -64,7 +64,7 @@ def pydoc_topics(seed: int) -> Iterator[str]:
 
 # %% 2 · Questions with worked steps
 # reasoning-gym draws the numbers and knows the answer; the steps are written here, in a terse form, because a small model can only learn to
-# compute what it is shown step by step. TASKS: name -> (reasoning-gym settings, function of its metadata -> question, steps).
+# compute what it is shown step by step. TASKS: name -> (draws a round, reasoning-gym settings, function of the metadata -> question, steps).
 
 def _sum_steps(a: int, sign: str, b: int) -> str:
     """27 + 48 -> "20 + 40 = 60, 7 + 8 = 15, 60 + 15 = 75";  one-digit sums and differences are known by heart."""
@@ -125,17 +125,17 @@ def _backward(meta: dict) -> tuple[str, str]:
     return f"spell backward: {word}", f"{' '.join(word)}, {' '.join(word[::-1])} = {word[::-1]}"
 
 
-# ours: the easiest settings, because a run of minutes shows a task's numbers a few hundred times
-TASKS: dict[str, tuple[dict, Callable[[dict], tuple[str, str]]]] = {
-    "basic_arithmetic": (dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1, operators=["+", "-"], allow_parentheses=False,
-                              allow_negation=False), _chain),
-    "chain_sum": (dict(min_terms=2, max_terms=2, min_digits=1, max_digits=2), _chain),
-    "products": (dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1), _product),
-    "gcd": (dict(min_numbers=2, max_numbers=2, min_value=1, max_value=20), _gcd),
-    "lcm": (dict(min_numbers=2, max_numbers=2, min_value=1, max_value=9), _lcm),
-    "count_bits": (dict(min_n=1, max_n=63), _bits),
-    "leg_counting": (dict(min_animals=1, max_animals=2, min_instances=1, max_instances=4), _legs),
-    "spell_backward": (dict(min_word_len=3, max_word_len=4), _backward),
+# ours: the easiest settings, and short sums oftenest: a run of minutes must show each of them some twenty times before they are known by heart
+TASKS: dict[str, tuple[int, dict, Callable[[dict], tuple[str, str]]]] = {
+    "basic_arithmetic": (4, dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1, operators=["+", "-"], allow_parentheses=False,
+                                 allow_negation=False), _chain),
+    "chain_sum": (2, dict(min_terms=2, max_terms=2, min_digits=1, max_digits=2), _chain),
+    "products": (1, dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1), _product),
+    "gcd": (1, dict(min_numbers=2, max_numbers=2, min_value=1, max_value=20), _gcd),
+    "lcm": (1, dict(min_numbers=2, max_numbers=2, min_value=1, max_value=9), _lcm),
+    "count_bits": (1, dict(min_n=1, max_n=63), _bits),
+    "leg_counting": (1, dict(min_animals=1, max_animals=2, min_instances=1, max_instances=4), _legs),
+    "spell_backward": (1, dict(min_word_len=3, max_word_len=4), _backward),
 }
 
 
@@ -153,14 +153,14 @@ def fallback_tasks(rng: random.Random) -> Iterator[tuple[str, dict, str]]:
         yield "spell_backward", {"word": word}, word[::-1]
 
 
-def gym_tasks(seed: int, each: int = 8000) -> Iterator[tuple[str, dict, str]]:
-    """(task, metadata, answer) drawn by reasoning-gym, one task after the other in turn."""
+def gym_tasks(seed: int, rounds: int = 5000) -> Iterator[tuple[str, dict, str]]:
+    """(task, metadata, answer) drawn by reasoning-gym, in rounds over all tasks."""
     import reasoning_gym
-    sets = {name: reasoning_gym.create_dataset(name, seed=seed, size=each, **settings) for name, (settings, _) in TASKS.items()}
-    for i in range(each):
+    sets = {name: reasoning_gym.create_dataset(name, seed=seed, size=rounds * draws, **settings) for name, (draws, settings, _) in TASKS.items()}
+    for i in range(rounds):
         for name, items in sets.items():
-            item = items[i]
-            yield name, item["metadata"], item["answer"]
+            draws = TASKS[name][0]
+            for item in (items[k] for k in range(i * draws, (i + 1) * draws)): yield name, item["metadata"], item["answer"]
 
 
 def worked_tasks(seed: int) -> Iterator[str]:
@@ -171,7 +171,7 @@ def worked_tasks(seed: int) -> Iterator[str]:
     except ImportError:
         drawn = fallback_tasks(random.Random(seed))
     for name, meta, answer in drawn:
-        question, steps = TASKS[name][1](meta)
+        question, steps = TASKS[name][2](meta)
         yield f"Q: {question}\nA: {steps}. The answer is {answer}.\n"
 
 
