@@ -132,6 +132,7 @@ def command_time(rows: list[dict], command: str) -> str:
         stages = [timing(rows, stage) for stage in STAGES]
         return f"# {sum(r['seconds'] for r in stages) / 60:.1f} min on {stages[0]['cores']} CPU cores, installed"
     row = newest(rows, "command", command="make test")
+    if row is None: return "# not timed yet"
     return f"# {row['seconds'] / 60:.1f} min, {row['passed']} tests, installation included"
 
 
