@@ -628,7 +628,7 @@ def bytes_by_format(model: Nemotron) -> dict[str, float]:
 
 
 # %% 8 · Checkpoints: the released layout
-# config.json, model-XXXXX-of-YYYYY.safetensors and their index, one tensor per expert matrix as in NVIDIA's release, so that transformers
+# config.json, model-00001-of-00050.safetensors … and their index, one tensor per expert matrix as in NVIDIA's release, so that transformers
 # and vLLM open our directories and we open theirs. Experts are stacked in memory and copied shard by shard; nothing is held twice.
 
 STACKED = (".experts.up_proj", ".experts.down_proj")
