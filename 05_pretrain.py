@@ -6,7 +6,7 @@ Sources:   [Ultra] Nemotron 3 Ultra report, arXiv 2606.15007 · [NVFP4] Pretrain
 Run:       python 05_pretrain.py                     # minutes on 2 CPU cores: corpus, tokenizer, training, fp32 and NVFP4 branches, text
            python 05_pretrain.py --resume            # goes on after Ctrl-C or a crash, with the losses it would have had
            python 05_pretrain.py --data my/*.txt --out out/mine --branches    # your own text, no branches
-           python 05_pretrain.py --branch-from out/pretrain/step-000560 --precision nvfp4 --branch-steps 40
+           python 05_pretrain.py --branch-from out/pretrain/step-000410 --precision nvfp4 --branch-steps 40
 Contents:  1 config   2 tokenizer   3 token shards   4 packed batches and blend   5 schedule and optimizer   6 checkpoints
            7 trainer   8 bits per byte   9 branches   10 figures and text   11 command
 Letters:   b batch  t time  v vocabulary  m MoE layer  e experts
@@ -56,7 +56,7 @@ class PretrainConfig:
     preset: Preset = "tiny"
     data: tuple[str, ...] = ()       # built-in sources by name, files (.txt .jsonl .parquet), hf:NAME; nothing = all built-in sources
     out: Path = Path("out")          # figures and result rows; checkpoints in out/pretrain, text and tokens in out/data
-    steps: int = 800                 # optimizer steps, ours: about 3 minutes on 2 cores; Ultra takes 794,728
+    steps: int = 600                 # optimizer steps, ours: about 3 minutes on 2 cores; Ultra takes 794,728
     batch: int = 4                   # sequences a step, ours: Ultra 3,072
     seq: int = 256                   # tokens a sequence, ours: Ultra 8,192
     micro_batches: int = 1           # pieces a step's batch is computed in; gradients are averaged over them
@@ -785,7 +785,7 @@ def start(config: PretrainConfig, data: Data, batches: Batches) -> Trainer:
 
 def branch_only(config: PretrainConfig) -> None:
     """--branch-from: one branch with the settings of the checkpoint, in --precision."""
-    if problem := damage(config.branch_from): raise ValueError(f"{problem}: give --branch-from a folder like out/pretrain/step-000560.")
+    if problem := damage(config.branch_from): raise ValueError(f"{problem}: give --branch-from a folder like out/pretrain/step-000410.")
     saved = json.loads((config.branch_from / "pretrain.json").read_text())
     fixed = {f.name: tuple(v) if isinstance(v := saved["config"][f.name], list) else v for f in fields(config) if f.name not in FREE | {"precision"}}
     config = replace(config, **fixed)
