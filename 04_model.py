@@ -198,7 +198,7 @@ PLACEMENT = [
     ("*.mixer.fc?_latent_proj.*", "high", "latent projections"),
     ("*.mixer.[qkvo]_proj.*", "high", "attention projections"),
     ("<last 15 % of layers>", "high", "linears of the last 15 % of layers"),
-    ("*.mixer.out_proj.*", "mxfp8", "Mamba output projections"),     # NVFP4 flushed up to 40 % of their values to zero on Nano
+    ("*.mixer.out_proj.*", "mxfp8", "Mamba output projections"),     # NVFP4 flushed up to 40 % of their values to zero on Nano  [Ultra]
     ("*.mixer.in_proj.*", "nvfp4", "Mamba input projections"),
     ("*.mixer.experts.*", "nvfp4", "routed experts"),
     ("*.mixer.shared_experts.*", "nvfp4", "shared experts"),

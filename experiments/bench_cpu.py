@@ -1,6 +1,6 @@
 """CPU speed beside what a user would pick instead: transformers' NemotronH at the sizes of preset tiny, fp32, no torch.compile.
 
-Run:   python experiments/bench_cpu.py              # 4 min on 2 cores; appends rows to experiments/results.jsonl
+Run:   python experiments/bench_cpu.py              # 2 min on 2 cores; appends rows to experiments/results.jsonl
        python experiments/bench_cpu.py --only train --out out
 
 Training: one optimizer step of 16 × 256 tokens with AdamW. The peer has neither MTP nor the balance loss, so the comparable row leaves ours

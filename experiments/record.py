@@ -1,6 +1,6 @@
 """Runs the stages as `make run` does, times each, and keeps their result rows in experiments/results.jsonl, from which the README is rendered.
 
-Run:   python experiments/record.py              # about 8 min on 2 cores: the five stages, as `make run` runs them
+Run:   python experiments/record.py              # about 5 min on 2 cores: the five stages, as `make run` runs them
        python experiments/record.py --what test  # `make test`, its installation included when there is no .venv yet
        python experiments/table.py readme        # then render
 """
