@@ -9,6 +9,7 @@ Sources:  [NVFP4] Pretraining Large Language Models with NVFP4, 2509.25149; [Ult
           [MXFP8] Recipes for Pre-training LLMs with MXFP8, 2506.08027; [INT4vFP4] INT v.s. FP, 2510.25602; [ModelOpt] Model-Optimizer.
 Run:      python 01_nvfp4.py               # 15 s on one CPU core: error tables, biases, four figures in out/
           python 01_nvfp4.py --rows 128    # 8 s, rougher numbers
+          python 01_nvfp4.py --impl triton # GPU: adds a table of the kernels
 Contents: 1 Shared helpers   2 The E2M1 grid   3 Counter-based draws   4 Two-level scales   5 Scale rules   6 Quantize
           7 Hadamard transform   8 Products   9 The three products and their operands   10 The linear layer   11 MXFP8
           12 Measurements   13 Figures   14 Main
@@ -26,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -43,6 +45,17 @@ FP32_MAX = torch.finfo(torch.float32).max
 # What every later stage imports from here, so that there is no utils.py: the choice between PyTorch and a Triton twin, one line of results,
 # one look for all figures, and the seeds of random rounding.
 
+TWINS = {"auto": True}     # what plain_pytorch() switches
+
+
+@contextmanager
+def plain_pytorch():
+    """Inside, impl="auto" means PyTorch on every device: to compare, and to time. Forward and backward both have to run inside."""
+    before, TWINS["auto"] = TWINS["auto"], False
+    try: yield
+    finally: TWINS["auto"] = before
+
+
 def find_twin(module: str, name: str, impl: str, x: Tensor) -> Callable | None:
     """The Triton twin `kernels/<module>.py: <name>` when it should run, else None (then the caller's PyTorch body runs).
 
@@ -50,14 +63,37 @@ def find_twin(module: str, name: str, impl: str, x: Tensor) -> Callable | None:
     """
     if impl not in ("auto", "torch", "triton"):
         raise ValueError(f"impl={impl!r} is unknown: use 'auto', 'torch' or 'triton'.")
-    if impl == "torch" or (impl == "auto" and not x.is_cuda):
+    if impl == "torch" or (impl == "auto" and not (x.is_cuda and TWINS["auto"])):
         return None
+    if not x.is_cuda and not os.environ.get("TRITON_INTERPRET"):
+        raise ValueError("Triton kernels need a CUDA device: use impl='torch', or start Python with TRITON_INTERPRET=1 to interpret them on the CPU.")
     try:
         return getattr(importlib.import_module(f"kernels.{module}"), name)
     except (ImportError, AttributeError) as error:
         if impl == "auto":
             return None
         raise ValueError(f"the Triton twin {name} of kernels/{module}.py cannot be imported ({error}): use impl='torch'.") from error
+
+
+def demo_device(impl: str) -> str:
+    """Where a stage's tables run, "cuda" or "cpu", for the flag --impl: a GPU when there is one, unless plain PyTorch is asked for."""
+    if impl not in ("auto", "torch", "triton"): raise ValueError(f"impl={impl!r} is unknown: use 'auto', 'torch' or 'triton'.")
+    if impl == "triton" and not torch.cuda.is_available() and not os.environ.get("TRITON_INTERPRET"):
+        raise ValueError("--impl triton needs a CUDA device. To see the kernels interpreted on a CPU, slowly, start with TRITON_INTERPRET=1.")
+    return "cuda" if impl != "torch" and torch.cuda.is_available() else "cpu"
+
+
+def best_ms(run: Callable, repeats: int = 3) -> tuple[float, object]:
+    """(milliseconds of the fastest call after one to warm up, what it returned); waits for the GPU when there is one."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
+    run(); wait()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = run()
+        wait()
+        times.append(1e3 * (time.perf_counter() - start))
+    return min(times), result
 
 
 def writable_folder(path: Path) -> Path:
@@ -208,13 +244,19 @@ def mix32(x: Tensor) -> Tensor:
     return x
 
 
+def split_key(seed: int) -> tuple[int, int]:
+    """(k0, k1) of a seed, as signed 32-bit numbers."""
+    key = mix64(seed % 2**64)
+    return int32(key), int32(key >> 32)
+
+
 def uniform_draws(seed: int, start: int, count: int, device=None) -> Tensor:
     """The draws of elements start .. start + count - 1 in [0, 1), 24 bits each; start and count are multiples of 16."""
     if start % 16 or count % 16:
         raise ValueError(f"draws come in blocks of 16: offset {start} and count {count} must be multiples of 16.")
-    key = mix64(seed % 2**64)
+    k0, k1 = split_key(seed)
     block = torch.arange(start // 16, (start + count) // 16, device=device)
-    keys = mix32(mix32(block.to(torch.int32) ^ int32(key)) ^ (block >> 32).to(torch.int32) ^ int32(key >> 32))
+    keys = mix32(mix32(block.to(torch.int32) ^ k0) ^ (block >> 32).to(torch.int32) ^ k1)
     h = mix32(keys[:, None] + LANES.to(keys.device))
     return (((h >> 8) & 0xFFFFFF) * 2.0**-24).flatten()
 
@@ -243,8 +285,10 @@ class NVFP4Tensor:
     def nbytes(self) -> int:
         return self.codes.nbytes + self.block_scale.nbytes + self.global_scale.nbytes
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def dequantize(self, dtype: torch.dtype = torch.float32, impl: str = "auto") -> Tensor:
         """grid[code] · s_b · s_dec, in fp32, then cast. The first product is exact, the second rounds once."""
+        if twin := find_twin("nvfp4", "dequantize", impl, self.codes):
+            return twin(self, dtype)
         pairs = E2M1_PAIRS.to(self.codes.device).index_select(0, self.codes.flatten().int())
         blocks = torch.view_as_real(pairs).view(*self.block_scale.shape, self.block[1])
         x = blocks.mul_(self.block_scale.float()[..., None]).mul_(align(self.global_scale, len(self.shape))[..., None])
@@ -258,7 +302,14 @@ class NVFP4Tensor:
             raise ValueError(f"blocks of {self.block} run along one dimension only and cannot be transposed: quantize with block={(side, side)}.")
         tiles = self.block_scale.view(torch.uint8)[..., ::side, :].mT
         scale = tiles.repeat_interleave(side, dim=-2).view(self.block_scale.dtype)
-        return NVFP4Tensor(pack(unpack(self.codes).mT.contiguous()), scale, self.global_scale, self.block)
+        return NVFP4Tensor(transpose_codes(self.codes), scale, self.global_scale, self.block)
+
+
+def transpose_codes(codes: Tensor, impl: str = "auto") -> Tensor:
+    """Packed codes [..., R, K/2] of the transposed matrix, [..., K, R/2]."""
+    if twin := find_twin("nvfp4", "transpose_codes", impl, codes):
+        return twin(codes)
+    return pack(unpack(codes).mT.contiguous())
 
 
 def align(scale: Tensor, ndim: int) -> Tensor:
@@ -563,21 +614,25 @@ def pad_tokens(x_rd: Tensor, offsets_e: Tensor | None, width: int) -> Tensor:
 
 
 def quantize_rows(x_rd: Tensor, offsets_e: Tensor | None = None, rounding="nearest", seed: int | None = None, format="nvfp4",
-                  name="input") -> NVFP4Tensor:
+                  name="input", impl: str = "auto") -> NVFP4Tensor:
     """The operand whose contraction is its features: fprop's X, dgrad's dY."""
+    if twin := find_twin("nvfp4", "quantize_rows", impl, x_rd):
+        return twin(x_rd, offsets_e, rounding, seed, format)
     amax = None if offsets_e is None or format == "mxfp4" else amax_by_expert(x_rd.detach().abs().amax(-1).float(), offsets_e)
-    return quantize(x_rd, (1, 16), rounding, amax=amax, seed=seed, format=format, name=name)
+    return quantize(x_rd, (1, 16), rounding, amax=amax, seed=seed, format=format, impl=impl, name=name)
 
 
 def quantize_columns(x_rd: Tensor, offsets_e: Tensor | None = None, rounding="nearest", seed: int | None = None, format="nvfp4", name="input",
-                     rht: bool = True) -> NVFP4Tensor:
+                     rht: bool = True, impl: str = "auto") -> NVFP4Tensor:
     """The operand whose contraction is the tokens, [d, padded tokens]: wgrad's X and dY. Experts end at padded_offsets(offsets_e)."""
+    if twin := find_twin("nvfp4", "quantize_columns", impl, x_rd):
+        return twin(x_rd, offsets_e, rounding, seed, format, rht)
     padded_rd = pad_tokens(x_rd.detach(), offsets_e, 16 if format == "nvfp4" else 32)
     padded_rd = hadamard16(padded_rd, dim=0) if rht else padded_rd
     amax = None
     if offsets_e is not None and format == "nvfp4":        # one entry per block of 16 tokens, since no block holds two experts
         amax = amax_by_expert(padded_rd.abs().amax(-1).float(), padded_offsets(offsets_e))[None, ::16]
-    return quantize(padded_rd.T, (1, 16), rounding, amax=amax, seed=seed, format=format, name=name)
+    return quantize(padded_rd.T, (1, 16), rounding, amax=amax, seed=seed, format=format, impl=impl, name=name)
 
 
 def quantize_pair(x_rd: Tensor, offsets_e: Tensor | None = None, rounding: Literal["nearest", "stochastic"] = "nearest", rht: bool = True,
@@ -588,8 +643,8 @@ def quantize_pair(x_rd: Tensor, offsets_e: Tensor | None = None, rounding: Liter
     if twin := find_twin("nvfp4", "quantize_pair", impl, x_rd):
         return twin(x_rd, offsets_e, rounding, rht, seed, format)
     seeds = (None, None) if seed is None else (mix64(2 * seed), mix64(2 * seed + 1))
-    return (quantize_rows(x_rd, offsets_e, rounding, seeds[0], format, name),
-            quantize_columns(x_rd, offsets_e, rounding, seeds[1], format, name, rht))
+    return (quantize_rows(x_rd, offsets_e, rounding, seeds[0], format, name, impl),
+            quantize_columns(x_rd, offsets_e, rounding, seeds[1], format, name, rht, impl))
 
 
 # %% 10 · The linear layer
@@ -825,6 +880,22 @@ def measure_layer(tokens: int = 512, i: int = 256, o: int = 256, steps: int = 16
     return rows
 
 
+def measure_twins(device: str, size: int, seed: int = 0) -> list[list]:
+    """Quantizer and product beside their Triton twins: milliseconds of both, and the share of codes (of results, for products) that differ."""
+    x = sample("Gaussian", size, size, seed).to(device)
+    runs = {"quantize, rows": lambda impl: quantize(x, impl=impl).codes, "quantize, 16x16 tiles": lambda impl: quantize(x, (16, 16), impl=impl).codes,
+            "quantize, stochastic": lambda impl: quantize(x, rounding="stochastic", seed=seed, impl=impl).codes,
+            "quantize_pair, stochastic": lambda impl: quantize_pair(x, rounding="stochastic", seed=seed, impl=impl)[1].codes,
+            "matmul_w4a16": lambda impl: matmul_w4a16(x[:16], quantize(x, impl="torch"), impl=impl),
+            "matmul": lambda impl: matmul(quantize(x, impl="torch"), quantize(x, impl="torch"), impl=impl)}
+    rows = []
+    for label, run in runs.items():
+        (plain_ms, plain), (twin_ms, twin) = (best_ms(lambda run=run, impl=impl: run(impl)) for impl in ("torch", "triton"))
+        gap = (plain != twin).double().mean().item() if plain.dtype == torch.uint8 else relative_error(plain.float(), twin.float()) ** 0.5
+        rows.append([label, plain_ms, twin_ms, f"{gap:.1e}"])
+    return rows
+
+
 # %% 13 · Figures
 
 def plot_grid_and_scales(path: Path) -> None:
@@ -915,10 +986,12 @@ class Config:
     out: Path = Path("out")     # folder for figures and results.jsonl
     rows: int = 1024            # rows of the 4,096-column matrices in the error table
     seed: int = 0               # of the samples
+    impl: Literal["auto", "torch", "triton"] = "auto"     # "triton", or "auto" on a GPU, adds a table of the kernels
 
 
 def main(config: Config) -> None:
     writable_folder(config.out)
+    device = demo_device(config.impl)
     started = time.perf_counter()
     errors = measure_errors(rows=config.rows, seed=config.seed)
     for title, show in (("signal to error, dB (higher is better)", decibels), ("error energy / signal energy (lower is better)", "{:.5f}".format)):
@@ -945,6 +1018,10 @@ def main(config: Config) -> None:
                 [[label, f"{100 * value:+.2f} %"] for label, value in zip(labels, saturation.values())])
     print_table("a linear layer's products against fp64 (heavy-tailed X and dY): error size", ["recipe", "Y", "dX", "dW", "dW, mean of 16 steps"],
                 measure_layer(seed=config.seed))
+
+    if config.impl == "triton" or device == "cuda":
+        twins = measure_twins(device, size=4096 if device == "cuda" else 64)
+        print_table(f"the Triton kernels on {device}", ["", "PyTorch ms", "kernel ms", "differs by"], twins)
 
     plot_grid_and_scales(config.out / "01_grid_and_scales.png")
     plot_errors(errors, config.out / "01_errors.png")

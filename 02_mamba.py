@@ -5,10 +5,11 @@ quadratic) and a chunked scan (parallel inside a chunk, linear over chunks). Aro
 Nemotron 3 releases it, and the one-token step with the cache that decoding uses.
 
 Left out: splitting one sequence over several GPUs (context parallelism; the state goes in and comes out of every function, which is the
-          door for it), states kept in 16 or 8 bits and rolled back after rejected drafts (decoding, stage 08), the Triton kernels.
+          door for it), the bookkeeping of slots, drafts and replays (decoding, stage 08), the Triton kernels.
 Sources:  [M2] Dao & Gu, Transformers are SSMs, 2405.21060; [M1] Gu & Dao, Mamba, 2312.00752; [Ultra] Nemotron 3 Ultra report, 2606.15007;
           [Config] its released config.json; [HF] modeling_nemotron_h.py in transformers; [Megatron] Megatron-LM's Mamba mixer.
 Run:      python 02_mamba.py          # CPU, 10 s: compares the three rungs, shows what heads remember and what a cache costs, figures in out/
+          python 02_mamba.py --impl triton     # GPU: adds the kernel to the table
 Contents: 1 Documents and arguments   2 Recurrence   3 Quadratic form   4 Chunked scan   5 Causal convolution   6 Norms
           7 One decode step   8 The layer and its cache   9 Measurements   10 Figures   11 Main
 Letters:  b batch  t time  s source time  d model width  h heads  g groups  p head width  n state  c conv channels  r flattened rows (b·t);
@@ -18,11 +19,11 @@ from __future__ import annotations
 
 import importlib
 import math
-import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -372,31 +373,166 @@ class GatedRMSNorm(RMSNorm):
         return gated_rmsnorm(y, z, self.weight, self.groups, self.eps, impl)
 
 
-# %% 7 · One decode step
+# %% 7 · One decode step  [Ultra, inference; FlashInfer, state update]
 # While writing text the model gets one token a call, and the recurrence is the fastest form: read the state once, write it once. The cost
 # does not depend on how long the text already is.
+#
+# Slots. A server keeps the states of all its sequences in one pool [slots, h, p, n]; a batch names the slot of each row. So sequences come and
+# go without a copy, and a row without a sequence names slot -1.
+# Drafts. With t tokens a row at once, of which a verifier may reject the last ones, keys and values are cut off at the accepted length. A state
+# cannot be: it has no inverse step (a decay that underflowed forgot for good). There are two ways back:
+#   snapshot  write="each" stores the state after every token, t + 1 slots a sequence; accepting a tokens means to go on from the a-th. The
+#             states of Ultra's 48 layers are 403 MB in fp32: a draft of 6 writes them 6 times.
+#   replay    write="none" stores nothing. The caller keeps the inputs x, dt, B and C since the last state that was written, which are small
+#             beside a state, and passes them again before the new tokens; rejected ones it forgets. When some 16 have gathered, write="last"
+#             with the accepted ones moves the state up. It writes no state where the snapshot writes t, and pays with arithmetic on old tokens.
+# Both give the same numbers. Rows of unequal length are filled up with dt = 0, tokens that leave the state alone; their y means nothing.
+# Formats. The state is the traffic, so fewer bits are speed: fp16 halves it, int8 with one scale a row of n values quarters it. Arithmetic stays
+# in fp32, and a state is rounded when it is written.
+# PITFALL: rounding to nearest once a token is biased. A slow head adds less than half a step and is rounded back to where it was, or fails to
+# decay, every time. Stochastic rounding (_sr) goes up with the probability that makes the mean right; its noise averages out.
 
-def ssd_step(x_bhp, dt_bh, A_h, B_bgn, C_bgn, D_h=None, state_bhpn=None, doc_b=None, impl: str = "auto") -> tuple[Tensor, Tensor]:
-    """-> (y_bhp, state_bhpn). The state is overwritten in place (None = zeros); it must be fp32 or fp64 and contiguous.
+STATE_FORMATS = {"fp32": torch.float32, "fp16": torch.float16, "fp16_sr": torch.float16, "int8": torch.int8, "int8_sr": torch.int8}
+FP16_MAX, FP16_NORMAL = 65504.0, 2.0**-14       # largest value; below the second the step stays 2^-24
+INT8_TINY = 1e-30       # ours: a row with nothing larger is stored as zeros; 127 / amax would leave fp32 at 4e-37
 
-    doc_b: a row at -1 has no token now: its y is 0 and its state stays. For decoding: autograd cannot look through overwritten states.
+
+class QuantizedState(NamedTuple):
+    """A state in int8: value = code · scale."""
+    codes: Tensor       # int8 [..., p, n], -127 .. 127
+    scale: Tensor       # fp32 [..., p]
+
+
+def parts(state: Tensor | QuantizedState) -> tuple[Tensor, ...]:
+    return state if isinstance(state, QuantizedState) else (state,)
+
+
+def dequantize_state(state: Tensor | QuantizedState) -> Tensor:
+    """In fp32 (fp64 stays)."""
+    return state.codes * state.scale[..., None] if isinstance(state, QuantizedState) else state.to(wide(state.dtype))
+
+
+def fp16_stochastic(x: Tensor, u: Tensor) -> Tensor:
+    """fp32 -> fp16 with the top 13 bits of u added to the 13 bits that fp16 drops: a carry rounds up, with exactly the dropped bits' probability.
+
+    Beyond 65504 the result is 65504. Subnormals are first moved to 2^-14 .. 2^-13, where fp32's 13 lowest bits lie below their step of 2^-24 too.
     """
-    if twin := nvfp4.find_twin("state_update", "ssd_step", impl, x_bhp): return twin(x_bhp, dt_bh, A_h, B_bgn, C_bgn, D_h, state_bhpn, doc_b)
-    (b, h, p), (g, n) = x_bhp.shape, B_bgn.shape[1:]
-    check_shapes({"dt_bh": (dt_bh, (b, h)), "A_h": (A_h, (h,)), "B_bgn": (B_bgn, (b, g, n)), "C_bgn": (C_bgn, (b, g, n)), "D_h": (D_h, (h,)),
-                  "state_bhpn": (state_bhpn, (b, h, p, n)), "doc_b": (doc_b, (b,))}, b=b, h=h, p=p, g=g, n=n)
+    x = x.clamp(-FP16_MAX, FP16_MAX)
+    shift = torch.where(x.abs() < FP16_NORMAL, torch.full_like(x, FP16_NORMAL).copysign(x), 0.0)
+    bits = (x + shift).view(torch.int32) + (u * 2**13).int()
+    rounded = (bits & ~0x1FFF).view(torch.float32) - shift
+    return torch.where(x.isnan(), x, rounded).half()        # a carry out of a NaN's bits would make it 0
+
+
+def check_format(state_format: str, seed: int | Tensor | None) -> None:
+    if state_format not in STATE_FORMATS: raise ValueError(f"state_format={state_format!r} is unknown: use one of {', '.join(STATE_FORMATS)}.")
+    if isinstance(seed, Tensor) and (seed.numel() != 1 or seed.dtype != torch.int64):
+        raise ValueError(f"a seed in memory is one int64 number, not {seed.dtype} of shape {tuple(seed.shape)}.")
+    if state_format.endswith("_sr") and seed is None: raise ValueError(f"state_format={state_format!r} rounds stochastically: pass a seed.")
+
+
+def quantize_state(state_bhpn, state_format: str, seed: int | Tensor | None = None, offset: int = 0, impl: str = "auto") -> Tensor | QuantizedState:
+    """fp32 [..., p, n] in another format: a tensor, or codes and scales. The draw of stage 01 for element i is number offset + i of `seed`.
+
+    int8: scale = amax / 127 of each row of n values; a code is x · (127 / amax), to nearest even, or floor(that + u).
+    """
+    if twin := nvfp4.find_twin("state_update", "quantize_state", impl, state_bhpn): return twin(state_bhpn, state_format, seed, offset)
+    check_format(state_format, seed)
+    if state_format == "fp32": return state_bhpn
+    x, u = state_bhpn.float(), None
+    if state_format.endswith("_sr"):
+        lead, count = offset % 16, x.numel()        # draws come in blocks of 16
+        blocks = nvfp4.uniform_draws(int(seed), offset - lead, (lead + count + 15) // 16 * 16, x.device)
+        u = blocks[lead:lead + count].view(x.shape)
+    if state_format.startswith("fp16"): return x.clamp(-FP16_MAX, FP16_MAX).half() if u is None else fp16_stochastic(x, u)
+    amax = x.abs().amax(-1, keepdim=True)
+    # PITFALL: torch computes `127 / tensor` as reciprocal times 127, which rounds twice. A true division needs two tensors.
+    up = torch.where(amax > INT8_TINY, torch.full_like(amax, 127) / amax, 0.0)
+    scale = torch.where(amax > INT8_TINY, amax / torch.full_like(amax, 127), 1.0)       # a row of nothing gets scale 1 and codes 0
+    codes = (x * up).round() if u is None else (x * up + u).floor()
+    return QuantizedState(codes.clamp(-127, 127).to(torch.int8), scale[..., 0])
+
+
+def check_step(x, dt, A_h, B, C, D_h, state, doc_b, slots_b, write, state_format, seed) -> Tensor | QuantizedState:
+    """The step's arguments checked -> the state, zeros when it was None."""
+    check_format(state_format, seed)
+    if x.dim() not in (3, 4) or B.dim() != x.dim():
+        raise ValueError(f"x is [b, h, p] or [b, t, h, p], and B has as many dimensions: got {tuple(x.shape)} and {tuple(B.shape)}.")
+    lead, (h, p), (g, n) = tuple(x.shape[:-2]), x.shape[-2:], B.shape[-2:]
+    b, t = lead[0], 1 if x.dim() == 3 else lead[1]
+    if not 1 <= t <= 32: raise ValueError(f"a step takes 1 to 32 tokens a row, not {t}: longer pieces are ssd_chunked's.")
     if h % g: raise ValueError(f"{h} heads cannot share B and C in {g} groups: the number of heads must be a multiple of the groups.")
-    S_bhpn = torch.zeros(b, h, p, n, device=x_bhp.device, dtype=wide(x_bhp.dtype)) if state_bhpn is None else state_bhpn
-    if S_bhpn.dtype != wide(S_bhpn.dtype) or not S_bhpn.is_contiguous():
-        raise ValueError(f"the state must be contiguous and fp32 or fp64, not {S_bhpn.dtype}: make it with Mamba2.empty_cache.")
+    if write not in ("last", "each", "none"): raise ValueError(f"write={write!r} is unknown: use 'last', 'each' or 'none'.")
+    if slots_b is None and write == "each": raise ValueError("write='each' needs slots_b [b, 1 + t]: where to read, and where each state goes.")
+    if slots_b is not None and (state is None or slots_b.dtype not in (torch.int32, torch.int64)):
+        raise ValueError("slots_b is int32 or int64 and needs a pool of states to point into.")
+    if state is None:
+        zeros = torch.zeros(b, h, p, n, device=x.device, dtype=wide(x.dtype))
+        state = quantize_state(zeros, state_format.removesuffix("_sr"), impl="torch")
+    codes, *scale = parts(state)
+    allowed = (torch.float32, torch.float64) if state_format == "fp32" else (STATE_FORMATS[state_format],)
+    if codes.dtype not in allowed or len(scale) != (codes.dtype == torch.int8) or not all(z.is_contiguous() for z in parts(state)):
+        raise ValueError(f"the state must be contiguous and {' or '.join(map(str, allowed))} for state_format={state_format!r}, not {codes.dtype}: "
+                         "make it with Mamba2.empty_cache or quantize_state.")
+    slots = b if slots_b is None else len(codes)
+    check_shapes({"dt": (dt, (*lead, h)), "A_h": (A_h, (h,)), "B": (B, (*lead, g, n)), "C": (C, (*lead, g, n)), "D_h": (D_h, (h,)),
+                  "state_bhpn": (codes, (slots, h, p, n)), "its scale": (scale[0] if scale else None, (slots, h, p)), "doc_b": (doc_b, (b,)),
+                  "slots_b": (slots_b, (b, 1 + t) if write == "each" else (b,))}, b=b, t=t, h=h, p=p, g=g, n=n)
+    return state
+
+
+def move_state(S_bhpn, x_bhp, dt_bh, A_h, B_bgn, C_bgn, D_h, doc_b) -> Tensor:
+    """Move S on by one token, in place -> y_bhp."""
+    g = B_bgn.shape[1]
     x, dt, A, B, C = (z.to(S_bhpn.dtype) for z in (x_bhp, dt_bh, A_h, B_bgn, C_bgn))
     if doc_b is not None: dt = dt.masked_fill(doc_b[:, None] < 0, 0)
     with full_precision(x):
         S_bhpn.mul_((dt * A).exp()[..., None, None])
         by_group(S_bhpn, g).addcmul_(by_group((dt[..., None] * x)[..., None], g), B[:, :, None])
-        y_bhp = (by_group(S_bhpn, g) @ C[..., None]).view(b, h, p)
+        y_bhp = (by_group(S_bhpn, g) @ C[..., None]).view(x.shape)
         if D_h is not None: y_bhp = torch.addcmul(y_bhp, x, D_h[:, None].to(x.dtype))
-    return (y_bhp if doc_b is None else y_bhp.masked_fill(doc_b[:, None, None] < 0, 0)).to(x_bhp.dtype), S_bhpn
+    return (y_bhp if doc_b is None else y_bhp.masked_fill(doc_b[:, None, None] < 0, 0)).to(x_bhp.dtype)
+
+
+def read_slots(state, slots_b: Tensor) -> Tensor:
+    """The slots' states as new fp32 (or fp64) tensors; slot -1 gives some slot's."""
+    rows = [z[slots_b.clamp(min=0).long()] for z in parts(state)]
+    return dequantize_state(QuantizedState(*rows) if len(rows) == 2 else rows[0])
+
+
+def write_slots(state, S_bhpn: Tensor, slots_b: Tensor, state_format: str, seed: int | Tensor | None) -> None:
+    """Round each row into its slot. Draws count from the pool's start, so two slots never share any, nor two snapshots of one call."""
+    for S_hpn, slot in zip(S_bhpn, slots_b.tolist()):
+        if slot < 0: continue
+        stored = quantize_state(S_hpn, state_format, seed, slot * S_hpn.numel(), impl="torch")
+        for pool, row in zip(parts(state), parts(stored)): pool[slot] = row
+
+
+def ssd_step(x, dt, A_h, B, C, D_h=None, state_bhpn=None, doc_b=None, slots_b=None, write: str = "last", state_format: str = "fp32",
+             seed: int | Tensor | None = None, impl: str = "auto") -> tuple[Tensor, Tensor | QuantizedState]:
+    """-> (y, state). x [b, h, p] is one token a row, [b, t, h, p] are t <= 32; dt, B and C alike; y has x's shape. The state is overwritten in
+    place (None = zeros) and must be contiguous; fp32 may be fp64. For decoding: autograd cannot look through overwritten states.
+
+    doc_b: a row at -1 has no token now: its y is 0 and its state stays.      slots_b: as above; no slot may be written twice. None: row i is slot i
+    write: "last" puts the state after the last token back. "none" writes nothing. "each": slots_b [b, 1 + t], column 0 is read and column j
+           receives the state after token j (nothing where it is -1); between tokens the state goes on in fp32, unrounded.
+    seed:  for the formats with _sr, a Python int or an int64 number in memory. Give every call another one, or its errors repeat and add up.
+    """
+    if twin := nvfp4.find_twin("state_update", "ssd_step", impl, x):
+        return twin(x, dt, A_h, B, C, D_h, state_bhpn, doc_b, slots_b, write, state_format, seed)
+    state = check_step(x, dt, A_h, B, C, D_h, state_bhpn, doc_b, slots_b, write, state_format, seed)
+    if x.dim() == 3 and slots_b is None and (write, state_format) == ("last", "fp32"):      # the usual step: no copy
+        return move_state(state, x, dt, A_h, B, C, D_h, doc_b), state
+    x_bthp, dt_bth, B_btgn, C_btgn = (z if x.dim() == 4 else z[:, None] for z in (x, dt, B, C))
+    slots = torch.arange(len(x), device=x.device)[:, None] if slots_b is None else slots_b.view(len(x), -1)
+    absent = slots[:, :1] < 0 if doc_b is None else (slots[:, :1] < 0) | (doc_b[:, None] < 0)
+    slots = slots.masked_fill(absent, -1)
+    S_bhpn, ys = read_slots(state, slots[:, 0]), []
+    for t in range(x_bthp.shape[1]):
+        ys.append(move_state(S_bhpn, x_bthp[:, t], dt_bth[:, t], A_h, B_btgn[:, t], C_btgn[:, t], D_h, slots[:, 0]))
+        if write == "each": write_slots(state, S_bhpn, slots[:, 1 + t], state_format, seed)
+    if write == "last": write_slots(state, S_bhpn, slots[:, 0], state_format, seed)
+    return torch.stack(ys, 1).view(x.shape), state
 
 
 # %% 8 · The layer and its cache  [HF; Megatron]
@@ -462,7 +598,7 @@ class Mamba2(nn.Module):
         # NOTE: the step overwrites its state, so a single token that needs gradients takes the scan
         if cache is not None and x_btd.shape[1] == 1 and not torch.is_grad_enabled():
             doc_b = None if doc_bt is None else doc_bt[:, 0]
-            y_bhp, S_bhpn = ssd_step(x_bthp[:, 0], dt_bth[:, 0], A_h, B_btgn[:, 0], C_btgn[:, 0], self.D, S_bhpn, doc_b, impl)
+            y_bhp, S_bhpn = ssd_step(x_bthp[:, 0], dt_bth[:, 0], A_h, B_btgn[:, 0], C_btgn[:, 0], self.D, S_bhpn, doc_b, impl=impl)
             y_bthp = y_bhp[:, None]
         else:
             y_bthp, S_bhpn = ssd_chunked(x_bthp, dt_bth, A_h, B_btgn, C_btgn, self.D, self.chunk, S_bhpn, doc_bt, impl)
@@ -484,23 +620,20 @@ def random_inputs(b: int, t: int, h: int, p: int, g: int, n: int, seed: int, dty
     return tuple(z.to(dtype) for z in (x, dt, A, B, C, D))
 
 
-RUNGS = {"recurrence": ssd_recurrence, "quadratic": ssd_quadratic, "chunked": ssd_chunked}
+RUNGS = {"recurrence": ssd_recurrence, "quadratic": ssd_quadratic, "chunked": partial(ssd_chunked, impl="torch")}
+KERNEL = {"kernel": partial(ssd_chunked, impl="triton")}       # the same scan in Triton, kernels/ssd.py
 
 
-def measure_rungs(lengths: list[int], seed: int = 0) -> list[dict]:
+def measure_rungs(lengths: list[int], seed: int = 0, device: str = "cpu", rungs: dict = RUNGS) -> list[dict]:
     """Best-of-three milliseconds of each rung in fp32, and its largest error against the recurrence in fp64 over the largest output."""
     rows = []
     for t in lengths:
-        inputs = random_inputs(1, t, 4, 16, 2, 16, seed)
+        inputs = [z.to(device) for z in random_inputs(1, t, 4, 16, 2, 16, seed)]
         oracle = ssd_recurrence(*(z.double() for z in inputs))[0]
         row = dict(length=t)
-        for name, rung in RUNGS.items():
-            seconds = []
-            for _ in range(3):
-                start = time.perf_counter()
-                y = rung(*inputs)[0]
-                seconds.append(time.perf_counter() - start)
-            row |= {f"{name}_ms": 1e3 * min(seconds), f"{name}_error": ((y - oracle).abs().max() / oracle.abs().max()).item()}
+        for name, rung in rungs.items():
+            ms, (y, _) = nvfp4.best_ms(lambda rung=rung, inputs=inputs: rung(*inputs))
+            row |= {f"{name}_ms": ms, f"{name}_error": ((y - oracle).abs().max() / oracle.abs().max()).item()}
         rows.append(row)
     return rows
 
@@ -544,14 +677,14 @@ def measure_decode(seed: int = 0, prompt: int = 33, steps: int = 8) -> float:
 
 # %% 10 · Figures
 
-def plot_rungs(rows: list[dict], path: Path) -> None:
+def plot_rungs(rows: list[dict], path: Path, where: str = "one thread") -> None:
     fig, (left, right) = nvfp4.new_figure(columns=2)
     lengths = [row["length"] for row in rows]
-    for name in RUNGS:
-        label = {"chunked": "chunked scan", "quadratic": "quadratic form"}.get(name, name)
+    for name in [key.removesuffix("_ms") for key in rows[0] if key.endswith("_ms")]:
+        label = {"chunked": "chunked scan", "quadratic": "quadratic form", "kernel": "Triton kernel"}.get(name, name)
         left.loglog(lengths, [row[f"{name}_ms"] for row in rows], marker="o", label=label)
         right.loglog(lengths, [row[f"{name}_error"] for row in rows], marker="o", label=label)
-    left.set(title="Twice the length costs twice the time, the quadratic form four times", ylabel="time (ms, fp32, 4 heads, one thread)")
+    left.set(title="Twice the length costs twice the time, the quadratic form four times", ylabel=f"time (ms, fp32, 4 heads, {where})")
     right.set(title="Sums of decays over the whole sequence lose digits", ylabel="largest error against fp64 (relative)")
     for ax in (left, right):
         ax.set_xticks(lengths, [f"{t:,}" for t in lengths])
@@ -599,6 +732,7 @@ class Config:
     out: Path = Path("out")     # where figures and results.jsonl go
     longest: int = 2048         # longest sequence timed; the quadratic form's memory grows with its square
     seed: int = 0               # of inputs and fresh layers
+    impl: Literal["auto", "torch", "triton"] = "auto"     # "triton", or "auto" on a GPU, adds the kernel to the table
 
     def __post_init__(self):
         if self.longest < 1: raise ValueError(f"longest={self.longest}: time at least one token.")
@@ -606,14 +740,16 @@ class Config:
 
 def main(config: Config) -> None:
     nvfp4.writable_folder(config.out)
+    device = nvfp4.demo_device(config.impl)
     torch.set_num_threads(1)        # these sizes gain nothing from more, and one thread shows how the work grows
     lengths = [config.longest // 2**k for k in range(5, -1, -1) if config.longest // 2**k]
-    rows = measure_rungs(lengths, config.seed)
-    print(f"the three rungs of SSD in fp32 (4 heads of width 16, state 16; error against fp64)\n{'tokens':>8}", end="")
-    print("".join(f"{name + ' ms':>15}{'error':>9}" for name in RUNGS))
+    rungs = RUNGS | (KERNEL if config.impl == "triton" or device == "cuda" else {})
+    rows = measure_rungs(lengths, config.seed, device, rungs)
+    print(f"the rungs of SSD in fp32 on {device} (4 heads of width 16, state 16; error against fp64)\n{'tokens':>8}", end="")
+    print("".join(f"{name + ' ms':>15}{'error':>9}" for name in rungs))
     for row in rows:
-        print(f"{row['length']:8,d}" + "".join(f"{row[f'{name}_ms']:15.2f}{row[f'{name}_error']:9.0e}" for name in RUNGS))
-    plot_rungs(rows, config.out / "02_rungs.png")
+        print(f"{row['length']:8,d}" + "".join(f"{row[f'{name}_ms']:15.2f}{row[f'{name}_error']:9.0e}" for name in rungs))
+    plot_rungs(rows, config.out / "02_rungs.png", "one thread" if device == "cpu" else torch.cuda.get_device_name())
 
     half_h, left_ht = measure_memory(seed=config.seed)
     low, middle, high = half_h.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()

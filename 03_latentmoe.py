@@ -10,6 +10,7 @@ Sources:   [Ultra] Nemotron 3 Ultra report, arXiv 2606.15007 · [LatentMoE] Late
            [LossFree] Wang et al. 2024, arXiv 2408.15664, balance by a selection bias · [Config] the released config.json files
 Run:       python 03_latentmoe.py               # 15 s, CPU: what the latent buys, a routing by hand, balance with and without bias, times
            python 03_latentmoe.py --steps 2000  # the balance for longer
+           python 03_latentmoe.py --impl triton # GPU: adds the kernel to the times
 Contents:  1 router   2 experts as a loop   3 sort and group   4 one expert at a time   5 load balance   6 the layer
            7 measurements   8 demo
 Letters:   b batch  t time  d model width  e experts  k chosen experts  l latent (or d without one)  f expert hidden width
@@ -19,10 +20,10 @@ from __future__ import annotations
 
 import importlib
 import math
-import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,21 @@ nvfp4 = importlib.import_module("01_nvfp4")
 # who is chosen, and has no say in how much the chosen count:
 #     s = sigmoid(x Wᵀ)        chosen = top-k of s + b        p_i = scale · s_i / (sum of the chosen s + 1e-20)
 # The bias is no parameter: section 5 moves it by hand, so balance needs no gradient that would pull against the loss.
+
+class RouterLogits(torch.autograd.Function):
+    """x · wᵀ of bf16 operands with fp32 sums and an fp32 result, about ten times as fast on a GPU as a product of fp32 copies, and as exact:
+    the product of two bf16 numbers fits fp32. The gradients are computed in fp32."""
+    @staticmethod
+    def forward(ctx, x_rd, weight_ed):
+        ctx.save_for_backward(x_rd, weight_ed)
+        return torch.mm(x_rd, weight_ed.T, out_dtype=torch.float32)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dlogits_re):
+        x_rd, weight_ed = ctx.saved_tensors
+        return (dlogits_re @ weight_ed.float()).to(x_rd.dtype), (dlogits_re.T @ x_rd.float()).to(weight_ed.dtype)
+
 
 def route(x_rd: Tensor, weight_ed: Tensor, bias_e: Tensor, k: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """(weights_rk, experts_rk, scores_re): how much, who, and every expert's score, in fp32 whatever x is (float64 stays float64).
@@ -49,7 +65,9 @@ def route(x_rd: Tensor, weight_ed: Tensor, bias_e: Tensor, k: int, scale: float)
     # PITFALL: two experts whose scores differ by less than a bf16 step swap places; then training and inference use different experts.
     wide = torch.float64 if x_rd.dtype == torch.float64 else torch.float32
     with torch.autocast(x_rd.device.type, enabled=False):
-        scores_re = (x_rd.to(wide) @ weight_ed.to(wide).T).sigmoid()
+        exact_in_bf16 = x_rd.is_cuda and x_rd.dtype == weight_ed.dtype == torch.bfloat16
+        logits_re = RouterLogits.apply(x_rd, weight_ed) if exact_in_bf16 else x_rd.to(wide) @ weight_ed.to(wide).T
+        scores_re = logits_re.sigmoid()
         experts_rk = (scores_re.detach() + bias_e.detach()).topk(k, dim=-1).indices
         chosen_rk = scores_re.gather(1, experts_rk)
         weights_rk = scale * chosen_rk / (chosen_rk.sum(-1, keepdim=True) + 1e-20)
@@ -100,6 +118,7 @@ def sort_by_expert(experts_rk: Tensor, experts: int) -> tuple[Tensor, Tensor, Te
 
 def grouped_linear(x_qd: Tensor, w_end: Tensor, offsets_e: Tensor, recipe: nvfp4.NVFP4Recipe | None = None, seed: int = 0) -> Tensor:
     """Rows of expert i times w[i]ᵀ, for all experts; with a recipe in NVFP4.  seed: of the recipe's stochastic rounding."""
+    if isinstance(w_end, nvfp4.NVFP4Tensor): return nvfp4.matmul_w4a16(x_qd, w_end, offsets_e)
     if recipe is not None: return nvfp4.nvfp4_linear(x_qd, w_end, recipe, offsets_e=offsets_e, seed=seed)
     # torch's grouped product wants rows of whole 16 bytes and knows no float64 (in which the tests compare algorithms): a loop serves the rest
     aligned = all(width * x_qd.element_size() % 16 == 0 for width in w_end.shape[1:])
@@ -184,17 +203,18 @@ def experts_gathered(x_rl: Tensor, weights_rk: Tensor, experts_rk: Tensor, up_ef
     return torch.bmm(weights_rk[:, None], out_ql1.view(r, k, l).to(weights_rk.dtype))[:, 0].to(x_rl.dtype)
 
 
-def experts_grouped(x_rl: Tensor, weights_rk: Tensor, experts_rk: Tensor, up_efl: Tensor, down_elf: Tensor,
+def experts_grouped(x_rl: Tensor, weights_rk: Tensor, experts_rk: Tensor, up_efl: Tensor | nvfp4.NVFP4Tensor, down_elf: Tensor | nvfp4.NVFP4Tensor,
                     recipe: nvfp4.NVFP4Recipe | None = None, seed: int = 0, impl: str = "auto") -> Tensor:
     """The fastest way at hand: the Triton twin, or experts_sorted; with impl "auto" also one expert at a time (many rows on a CPU) and
-    experts_gathered (a decode step with fewer rows than experts)."""
+    experts_gathered (a decode step with fewer rows than experts). Weights held in 4 bits serve as they are, without gradients."""
     (e, f, l), (r, k) = up_efl.shape, experts_rk.shape
     if x_rl.shape != (r, l) or weights_rk.shape != (r, k) or down_elf.shape != (e, l, f):
         raise ValueError(f"experts of up {tuple(up_efl.shape)} and down {tuple(down_elf.shape)} cannot serve rows {tuple(x_rl.shape)} with choices "
                          f"{tuple(experts_rk.shape)}: they must be [e, f, l], [e, l, f], [r, l] and [r, k]")
     if twin := nvfp4.find_twin("experts", "experts_grouped", impl, x_rl):
         return twin(x_rl, weights_rk, experts_rk, up_efl, down_elf, recipe, seed)
-    if recipe is not None: return experts_sorted(x_rl, weights_rk, experts_rk, up_efl, down_elf, recipe, seed)
+    if recipe is not None or isinstance(up_efl, nvfp4.NVFP4Tensor):
+        return experts_sorted(x_rl, weights_rk, experts_rk, up_efl, down_elf, recipe, seed)
 
     # neither torch._grouped_mm nor our own Function sees autocast: apply it here
     dtype = nvfp4.output_dtype(x_rl)
@@ -404,17 +424,20 @@ def measure_balance(rate: float, aux_weight: float, steps: int, seed: int = 0) -
     return violations, torch.stack(loads[-50:]).sum(0), loss.item()
 
 
-def measure_times(tokens: int, repeats: int = 5) -> dict[str, float]:
+def measure_times(tokens: int, repeats: int = 5, device: str = "cpu", kernel: bool = False) -> dict[str, float]:
     """Milliseconds of forward and backward, best of `repeats`, at preset tiny's sizes: 16 experts, 4 chosen, latent 64, width 128."""
     draw = torch.Generator().manual_seed(0)
-    x, up, down = (torch.randn(shape, generator=draw).mul_(0.1).requires_grad_() for shape in ((tokens, 64), (16, 128, 64), (16, 64, 128)))
-    weights, experts, _ = route(torch.randn(tokens, 64, generator=draw), 0.1 * torch.randn(16, 64, generator=draw), torch.zeros(16), 4, 5.0)
-    dy, best = torch.randn(tokens, 64, generator=draw), {}
-    for _ in range(repeats + 1):      # the rungs take turns, so a busy moment of the machine hits them alike
-        for rung in (experts_loop, experts_sorted, experts_grouped):
-            start = time.perf_counter()
-            torch.autograd.grad(rung(x, weights, experts, up, down), (x, up, down), dy)
-            best[rung.__name__] = min(best.get(rung.__name__, math.inf), 1e3 * (time.perf_counter() - start))
+    normal = lambda *shape: torch.randn(shape, generator=draw)
+    x, up, down = ((0.1 * normal(*shape)).to(device).requires_grad_() for shape in ((tokens, 64), (16, 128, 64), (16, 64, 128)))
+    weights, experts = (t.to(device) for t in route(normal(tokens, 64), 0.1 * normal(16, 64), torch.zeros(16), 4, 5.0)[:2])
+    dy = normal(tokens, 64).to(device)
+    rungs = {"experts_loop": experts_loop, "experts_sorted": experts_sorted, "experts_grouped": experts_grouped}
+    if kernel: rungs |= {"experts_grouped": partial(experts_grouped, impl="torch"), "Triton kernel": partial(experts_grouped, impl="triton")}
+    best = dict.fromkeys(rungs, math.inf)
+    for _ in range(repeats):      # the rungs take turns, so a busy moment of the machine hits them alike
+        for name, rung in rungs.items():
+            both = lambda rung=rung: torch.autograd.grad(rung(x, weights, experts, up, down), (x, up, down), dy)
+            best[name] = min(best[name], nvfp4.best_ms(both, repeats=1)[0])
     return best
 
 
@@ -450,6 +473,7 @@ class Config:
     steps: int = 1000           # training steps of each balance run
     seed: int = 0               # of data and weights in the balance runs
     out: Path = Path("out")     # where figures and results.jsonl go
+    impl: Literal["auto", "torch", "triton"] = "auto"     # "triton", or "auto" on a GPU, adds the kernel to the times
 
     def __post_init__(self):
         if self.steps < 1: raise ValueError(f"steps is {self.steps}: a balance run needs at least one step")
@@ -495,14 +519,15 @@ def show_balance(config: Config) -> None:
 
 
 def show_times(config: Config) -> None:
-    threads = torch.get_num_threads()
-    print(f"4 · Forward and backward in ms, preset tiny's experts, fp32, {threads} thread(s)")
-    print("  tokens   experts_loop   experts_sorted   experts_grouped   loop / grouped")
-    for tokens in (64, 512, 4096):
-        ms = measure_times(tokens)
-        print(f"  {tokens:6d} {ms['experts_loop']:14.2f} {ms['experts_sorted']:16.2f} {ms['experts_grouped']:17.2f} "
-              f"{ms['experts_loop'] / ms['experts_grouped']:15.1f}x")
-        nvfp4.write_row(config.out, "03_latentmoe", run="times", tokens=tokens, threads=threads, **{name: round(v, 3) for name, v in ms.items()})
+    device = nvfp4.demo_device(config.impl)
+    where = f"{torch.get_num_threads()} thread(s)" if device == "cpu" else torch.cuda.get_device_name()
+    kernel = config.impl == "triton" or device == "cuda"
+    print(f"4 · Forward and backward in ms, preset tiny's experts, fp32, {where}")
+    for tokens in (64, 512, 4096) if device == "cuda" or not kernel else (64,):       # the interpreter takes its time
+        ms = measure_times(tokens, device=device, kernel=kernel)
+        if tokens == 64: print("  tokens" + "".join(f"{name:>18}" for name in ms) + "   loop / grouped")
+        print(f"  {tokens:6d}" + "".join(f"{v:18.2f}" for v in ms.values()) + f"{ms['experts_loop'] / ms['experts_grouped']:16.1f}x")
+        nvfp4.write_row(config.out, "03_latentmoe", run="times", tokens=tokens, where=where, **{name: round(v, 3) for name, v in ms.items()})
 
 
 def main(config: Config) -> None:

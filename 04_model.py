@@ -5,6 +5,7 @@ Sources:   [Ultra] Nemotron 3 Ultra report, arXiv 2606.15007 · [Config] the rel
            [Megatron] Megatron-LM, the code that trained them · [HF] transformers' modeling_nemotron_h, the oracle of the tests
 Run:       python 04_model.py                   # 10 s, CPU: builds preset tiny, prints placement, ledger, loss at initialisation, two figures
            python 04_model.py --preset ultra    # 5 s, CPU: builds all 560 billion parameters on the meta device and prints the ledger
+           python 04_model.py --preset ultra --slice    # GPU: times one Mamba, attention and LatentMoE layer at full width, bf16 and NVFP4
 Contents:  1 config and presets   2 precision placement   3 attention   4 blocks and trunk   5 multi-token prediction
            6 loss   7 ledger   8 checkpoints   9 generate   10 measurements
 Letters:   b batch  t time  s source time  d model width  v vocabulary  h heads  p head width  e experts  r flattened rows (b·t)
@@ -15,14 +16,13 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-import safetensors
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -50,8 +50,7 @@ OPTIONAL = dict(chunk_size=128, conv_kernel=4, n_groups=8, ssm_state_size=128, h
                 mtp_trained_depths=2, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 # What the architecture fixes. A file that says otherwise describes another model, and is refused rather than half understood.
 FIXED = dict(attention_bias=False, mlp_bias=False, use_bias=False, mamba_proj_bias=False, use_conv_bias=True, tie_word_embeddings=False,
-             mlp_hidden_act="relu2", mamba_hidden_act="silu", n_group=1, topk_group=1, norm_topk_prob=True, n_shared_experts=1,
-             sliding_window=None)
+             mlp_hidden_act="relu2", mamba_hidden_act="silu", n_group=1, topk_group=1, norm_topk_prob=True, n_shared_experts=1, sliding_window=None)
 
 
 @dataclass(frozen=True)
@@ -532,6 +531,7 @@ def linear_cross_entropy(h_rd: Tensor, weight_vd: Tensor, labels_r: Tensor, mask
     """
     mask_r = labels_r >= 0 if mask_r is None else mask_r.bool() & (labels_r >= 0)
     if twin := nvfp4.find_twin("cross_entropy", "linear_cross_entropy", impl, h_rd): return twin(h_rd, weight_vd, labels_r, mask_r)
+    if not torch.is_grad_enabled(): h_rd, weight_vd = h_rd.detach(), weight_vd.detach()     # the loss alone: a third of the work
     return _LinearCrossEntropy.apply(h_rd, weight_vd, labels_r.clamp(min=0), mask_r, chunk)
 
 
@@ -703,7 +703,7 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu", d
         raise ValueError(f"{directory} has no config.json: give a local checkpoint directory (nothing is downloaded here).")
     config = ModelConfig.from_dict(json.loads((directory / "config.json").read_text()))
     shapes = {name: (tuple(t.shape), t.dtype) for name, t in read_tensors(directory)}
-    if not any(name.startswith("mtp.") for name in shapes): config = ModelConfig(**{**_values(config), "mtp_pattern": "", "mtp_depths": 0})
+    if not any(name.startswith("mtp.") for name in shapes): config = replace(config, mtp_pattern="", mtp_depths=0)
     with torch.device("meta"): model = Nemotron(config)
 
     expected = {name: tuple(t.shape) for name, t in _targets(model).items()}
@@ -721,10 +721,6 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu", d
     targets = _targets(model)
     for name, tensor in read_tensors(directory): targets[name].copy_(tensor)
     return model
-
-
-def _values(config: ModelConfig) -> dict:
-    return {f.name: getattr(config, f.name) for f in fields(config)}
 
 
 # %% 9 · Generate
@@ -833,17 +829,17 @@ def short(n: float, unit: str = "") -> str:
 
 def measure_ledgers() -> dict[str, Ledger]:
     """Counts every preset twice, by formula and from the model built on the meta device, and prints the table."""
-    print(f"{'preset':8} {'layers':>6} {'parameters':>11} {'active':>9} {'MTP':>8} {'tensors':>8} {'work/token':>13} {'KV values/token':>16} "
-          f"{'SSM state':>11}")
-    out = {}
+    out, table = {}, []
     for name, config in PRESETS.items():
         with torch.device("meta"): model = Nemotron(config)
         counted = {n: t.numel() for n, t in model.state_dict().items()}
         mtp = sum(n for key, n in counted.items() if key.startswith("mtp."))
         book = out[name] = ledger(config)
         assert (sum(counted.values()) - mtp, mtp) == (book.total, book.mtp), f"{name}: the formulas and the built model disagree"
-        print(f"{name:8} {config.layers:6d} {short(book.total):>11} {short(book.active):>9} {short(book.mtp):>8} {book.tensors:8,d} "
-              f"{short(sum(book.flops_per_token.values()), 'FLOP'):>13} {book.kv_values_per_token:16,d} {short(book.state_values * 4, 'B'):>11}")
+        table.append([name, config.layers, short(book.total), short(book.active), short(book.mtp), f"{book.tensors:,}",
+                      short(sum(book.flops_per_token.values()), "FLOP"), f"{book.kv_values_per_token:,}", short(book.state_values * 4, "B")])
+    header = ["preset", "layers", "parameters", "active", "MTP", "tensors", "work/token", "KV values/token", "SSM state"]
+    nvfp4.print_table("every preset, counted by formula and from the built model", header, table)
     return out
 
 
@@ -858,31 +854,82 @@ def print_ledger(config: ModelConfig) -> None:
     for part, n in sorted(book.flops_per_token.items(), key=lambda item: -item[1]): print(f"  {part:30} {short(n, 'FLOP'):>13} {n / flops:7.1%}")
     print(f"\n{short(2 * (book.total + book.mtp), 'B')} of weights in bf16; under the training placement, scales included:")
     for fmt, n in bytes_by_format(model).items(): print(f"  {fmt:30} {short(n, 'B'):>11}")
-    print(f"\n{'cache of one sequence':22} {'attention FP8':>14} {'attention bf16':>15} {'Mamba state fp32':>17} {'conv windows bf16':>18}")
-    state, window = short(book.state_values * 4, "B"), short(book.window_values * 2, "B")
-    for context in (8_192, 65_536, 1_048_576):
-        kv = book.kv_values_per_token * context
-        print(f"  {context:9,d} tokens {short(kv, 'B'):>18} {short(2 * kv, 'B'):>15} {state:>17} {window:>18}")
+    kv, state, window = book.kv_values_per_token, short(book.state_values * 4, "B"), short(book.window_values * 2, "B")
+    nvfp4.print_table("cache of one sequence", ["tokens", "attention FP8", "attention bf16", "Mamba state fp32", "conv windows bf16"],
+                      [[f"{n:,}", short(kv * n, "B"), short(2 * kv * n, "B"), state, window] for n in (8_192, 65_536, 1_048_576)])
 
 
-def measure_initial_loss(config: ModelConfig, seed: int) -> dict[str, float]:
-    """A fresh model must know nothing: its loss is ln(vocabulary). And its cache must not change what it says. Prints both and a step's time."""
+def measure_twins(model: Nemotron, ids_bt: Tensor) -> dict[str, float]:
+    """A training step on the GPU in PyTorch and with the Triton kernels, in fp32: milliseconds of both, and the loss."""
+    model, ids_bt = model.cuda(), ids_bt.cuda()
+    def step():
+        total = loss(model, ids_bt[:, :-1], ids_bt[:, 1:]).total; total.backward()
+        return total.item()
+    with nvfp4.plain_pytorch(): plain = nvfp4.best_ms(step)
+    table = [["PyTorch", *plain], ["Triton kernels", *nvfp4.best_ms(step)]]
+    nvfp4.print_table(f"the same step twice, on one {torch.cuda.get_device_name()}", ["", "ms", "loss"], table)
+    return dict(step_ms=table[0][1], step_kernels_ms=table[1][1])
+
+
+def measure_initial_loss(config: ModelConfig, seed: int, impl: str = "torch") -> dict[str, float]:
+    """A fresh model must know nothing: its loss is ln(vocabulary). And its cache must not change what it says."""
     torch.manual_seed(seed)
     model = Nemotron(config)
     ids_bt = torch.randint(12, config.vocab, (4, 257), generator=torch.Generator().manual_seed(seed))
-    start = time.perf_counter()
-    losses = loss(model, ids_bt[:, :-1], ids_bt[:, 1:])
-    losses.total.backward()
-    seconds = time.perf_counter() - start
     with torch.no_grad():
+        losses = loss(model, ids_bt[:, :-1], ids_bt[:, 1:])
         cache, whole = model.empty_cache(1, 32), model(ids_bt[:1, :32])
         steps = torch.cat([model(ids_bt[:1, i:j], cache=cache) for i, j in ((0, 13), (13, 14), (14, 20), (20, 32))], 1)
     gap = ((whole - steps).abs().max() / whole.abs().max()).item()
     mtp = " ".join(f"{x.item():.3f}" for x in losses.mtp_k)
     print(f"\nloss of a fresh model {losses.main.item():.3f} (ln {config.vocab} = {math.log(config.vocab):.3f})   MTP depths {mtp}"
-          f"   balance loss {losses.aux.item():.3f}   forward + backward of 1,024 tokens {seconds:.2f} s"
+          f"   balance loss {losses.aux.item():.3f}"
           f"\nprefill in pieces against one pass: largest difference {gap:.1e} of the largest logit")
-    return dict(loss=losses.main.item(), ln_vocab=math.log(config.vocab), cache_gap=gap, seconds=seconds)
+    row = dict(loss=losses.main.item(), ln_vocab=math.log(config.vocab), cache_gap=gap)
+    return row | (measure_twins(model, ids_bt) if nvfp4.demo_device(impl) == "cuda" else {})
+
+
+SLICE, BF16_PEAK = "M*E", 989.0     # one layer of each kind; TFLOP/s of an H100 or H200, dense  [NVIDIA, data sheet]
+
+
+def slice_blocks(config: ModelConfig, recipe: nvfp4.NVFP4Recipe | None, device: str, dtype: torch.dtype) -> list[Block]:
+    """The blocks of SLICE at full width, in `dtype` but for what checkpoints keep in fp32. PLACEMENT keeps the last layer high: a fourth, dropped."""
+    with torch.device(device): model = Nemotron(replace(config, pattern=SLICE + "*", vocab=16, mtp_pattern="", mtp_depths=0), recipe)
+    for name, p in model.named_parameters(): p.data = p.data.to(torch.float32 if name.endswith(FP32) else dtype)
+    return list(model.backbone.layers)[:len(SLICE)]
+
+
+def run_blocks(blocks: list[Block], x_btd: Tensor, dy_btd: Tensor | None) -> tuple[Tensor, ...]:
+    """The blocks' output; given its gradient dy, the gradients of x and of all parameters instead."""
+    y_btd = x_btd
+    for block in blocks: y_btd = block(y_btd)[0]
+    return (y_btd,) if dy_btd is None else torch.autograd.grad(y_btd, [x_btd, *(p for block in blocks for p in block.parameters())], dy_btd)
+
+
+def measure_slice(config: Config) -> None:
+    """Times SLICE and each of its layers, in high precision and under the recipe: a table and rows. ValueError where the preset cannot run."""
+    cuda, t, table = torch.cuda.is_available(), config.tokens, []
+    if t < 1: raise ValueError(f"--tokens {t}: the slice needs at least one.")
+    books = {letters: ledger(replace(preset(config.preset), pattern=letters, vocab=0), context=t) for letters in (SLICE, *SLICE)}
+    need = 6e-9 * books[SLICE].total + 10       # ours: 6 bytes a parameter for weights, gradients and copies, and 10 GB of activations
+    if config.preset not in ("tiny", "small") and (torch.cuda.mem_get_info()[1] / 1e9 if cuda else 0) < need:
+        raise ValueError(f"--slice of {config.preset} needs a CUDA device with about {need:.0f} GB of memory; on a CPU try --preset tiny --slice.")
+    device, dtype, high = ("cuda", torch.bfloat16, "bf16") if cuda else ("cpu", torch.float32, "fp32")
+    for precision, recipe in ((high, None), ("nvfp4", nvfp4.NVFP4Recipe())):
+        blocks = slice_blocks(preset(config.preset), recipe, device, dtype)
+        x_btd, dy_btd = torch.randn(2, 1, t, preset(config.preset).d_model, device=device, dtype=dtype)
+        for letters, book in books.items():
+            part = [block for block in blocks if block.letter in letters]
+            if cuda: torch.cuda.reset_peak_memory_stats()
+            forward, both = (nvfp4.best_ms(partial(run_blocks, part, x_btd.requires_grad_(), dy), repeats=5)[0] for dy in (None, dy_btd))
+            work = t * sum(book.flops_per_token.values()) / 1e9       # GFLOP, three times for both; one a millisecond is a TFLOP/s
+            row = dict(forward_ms=forward, forward_tflops=work / forward, both_ms=both, both_tflops=3 * work / both)
+            if cuda: row |= dict(peak_share=3 * work / both / BF16_PEAK, peak_gb=torch.cuda.max_memory_allocated() / 1e9)
+            table.append([f"{precision} {letters}", *row.values()])
+            nvfp4.write_row(config.out, "04_slice", preset=config.preset, tokens=t, precision=precision, layers=letters, **row)
+        del blocks, part        # before the next precision's weights
+    header = ["layers", "forward ms", "TFLOP/s", "forward + backward ms", "TFLOP/s", *(["share of bf16 peak", "peak memory GB"] if cuda else [])]
+    nvfp4.print_table(f"{config.preset} at full width, {t:,} tokens: M Mamba, * attention, E LatentMoE", header, table)
 
 
 def plot_layers(config: ModelConfig, name: str, path: Path) -> None:
@@ -892,8 +939,7 @@ def plot_layers(config: ModelConfig, name: str, path: Path) -> None:
     colours, of = {"nvfp4": "#8cc46a", "high": "#a9c1de"}, {"M": "mixer.in_proj.weight", "E": "mixer.experts.up_proj", "*": "mixer.q_proj.weight"}
     row, last = 36, (config.layers - 1) // 36
     for i, letter in enumerate(config.pattern):
-        fmt = placement_of(f"backbone.layers.{i}.{of[letter]}", config)[0]
-        ax.add_patch(Rectangle((i % row, -(i // row)), 0.9, 0.9, color=colours[fmt]))
+        ax.add_patch(Rectangle((i % row, -(i // row)), 0.9, 0.9, color=colours[placement_of(f"backbone.layers.{i}.{of[letter]}", config)[0]]))
         ax.text(i % row + 0.45, 0.43 - i // row, {"M": "M", "E": "E", "*": "A"}[letter], ha="center", va="center", fontsize=9)
     ax.set_xlim(-0.2, row + 0.1); ax.set_ylim(-last - 1.5, 1.1); ax.axis("off")
     ax.text(0, -last - 0.5, "read left to right, top to bottom:   M  Mamba-2      E  mixture of experts      A  attention", fontsize=10)
@@ -928,19 +974,22 @@ class Config:
     preset: str = "tiny"        # tiny, small, nano, super or ultra; nano and larger are built on the meta device only
     out: Path = Path("out")     # figures and result rows go here
     seed: int = 0
+    impl: Literal["auto", "torch", "triton"] = "auto"       # "triton", or "auto" on a GPU, times a step with the kernels
+    slice: bool = False         # time one layer of each kind at the preset's full width instead; a CPU can for tiny and small
+    tokens: int = 4096          # of the slice
 
 
 def main(config: Config) -> None:
     nvfp4.writable_folder(config.out)
+    nvfp4.demo_device(config.impl)
+    if config.slice: return measure_slice(config)
     sizes = preset(config.preset)
-    recipe = nvfp4.NVFP4Recipe()
     print(f"preset {config.preset}: {sizes.pattern}\n")
-    with torch.device("meta"): print_placement(Nemotron(sizes, recipe))
+    with torch.device("meta"): print_placement(Nemotron(sizes, nvfp4.NVFP4Recipe()))
     print_ledger(sizes)
-    print("\nevery preset, counted by formula and from the built model")
     books = measure_ledgers()
     row = dict(preset=config.preset, total=books[config.preset].total, active=books[config.preset].active, mtp=books[config.preset].mtp)
-    if config.preset in ("tiny", "small"): row |= measure_initial_loss(sizes, config.seed)
+    if config.preset in ("tiny", "small"): row |= measure_initial_loss(sizes, config.seed, config.impl)
     plot_layers(PRESETS["ultra"], "Nemotron 3 Ultra", config.out / "04_layers.png")
     plot_presets(books, config.out / "04_ledger.png")
     nvfp4.write_row(config.out, "04_model", **row)

@@ -10,6 +10,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+# Without a GPU the Triton twins run in Triton's interpreter, which must be chosen before the first kernel is defined.
+if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 def pytest_configure(config):
     try:
@@ -18,6 +21,13 @@ def pytest_configure(config):
         return
     # PITFALL: our folder kernels/ would hide that package, and transformers would import ours in its place.
     raise pytest.UsageError("the PyPI package `kernels` is installed and clashes with this repository's folder kernels/: pip uninstall kernels")
+
+
+def pytest_collection_modifyitems(items):
+    """On a machine with a GPU the kernel tests run on it, so they belong to `-m gpu`."""
+    if not torch.cuda.is_available(): return
+    for item in items:
+        if item.path.name.startswith("test_kernels"): item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture(autouse=True)

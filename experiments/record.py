@@ -2,6 +2,7 @@
 
 Run:   python experiments/record.py              # about 5 min on 2 cores: the five stages, as `make run` runs them
        python experiments/record.py --what test  # `make test`, its installation included when there is no .venv yet
+       python experiments/record.py --what gpu   # the GPU suite, on a machine that has one
        python experiments/table.py readme        # then render
 """
 from __future__ import annotations
@@ -41,8 +42,8 @@ def timed(command: list[str]) -> tuple[float, str]:
 
 @dataclass(frozen=True)
 class Config:
-    """Times the stages and keeps their rows, or times the suite."""
-    what: Literal["stages", "test"] = "stages"
+    """Times the stages and keeps their rows, or times a suite."""
+    what: Literal["stages", "test", "gpu"] = "stages"
 
 
 def main(config: Config) -> None:
@@ -55,10 +56,13 @@ def main(config: Config) -> None:
         nvfp4.write_row(ROOT / "experiments", "command", command=f"python {stage}", seconds=round(seconds, 1), **here)
         for row in rows_of(fresh)[before:]:
             with (ROOT / "experiments" / "results.jsonl").open("a") as file: file.write(json.dumps(row) + "\n")
-    if config.what == "test":
-        seconds, output = timed(["make", "test"])
-        passed = re.search(r"(\d+) passed", output)
-        nvfp4.write_row(ROOT / "experiments", "command", command="make test", seconds=round(seconds, 1), passed=int(passed[1]), **here)
+    suites = {"test": "make test", "gpu": "python -m pytest tests -m gpu"}
+    if config.what in suites:
+        name = suites[config.what]
+        seconds, output = timed([sys.executable if word == "python" else word for word in name.split()])
+        passed, versions = re.search(r"(\d+) passed", output), {}
+        if config.what == "gpu": versions = dict(triton=importlib.import_module("triton").__version__, date=time.strftime("%d %B %Y"))
+        nvfp4.write_row(ROOT / "experiments", "command", command=name, seconds=round(seconds, 1), passed=int(passed[1]), **here, **versions)
 
 
 if __name__ == "__main__":

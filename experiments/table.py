@@ -126,6 +126,33 @@ def table_speed(rows: list[dict]) -> str:
             "| what | ours | tokens/s | peer, tokens/s | ratio (range over rounds) |\n|---|---|---|---|---|\n" + "\n".join(lines))
 
 
+def table_kernels(rows: list[dict]) -> str:
+    """Every case's newest row, in the order of the newest run; what misses its figure says so."""
+    cases = {}
+    for row in rows:
+        if row["stage"] == "bench_kernels": cases.pop(row["case"], None); cases[row["case"]] = row
+    if not cases: return "Not measured yet."
+    lines = []
+    for case, row in cases.items():
+        if "failed" in row: lines.append(f"| {case} | failed: {row['failed']} | | | | |"); continue
+        times, asked = dict(row["times"]), row["target_ms"]
+        ms, eager, compiled = times.pop("ours"), times.pop("eager", None), times.pop("compiled", None)
+        show = lambda x: "" if x is None else f"{x:.3g}"
+        peers = ", ".join(f"{show(x)} {name}" for name, x in times.items())
+        met = "" if asked is None else f"{show(asked)}{'' if ms <= asked else ' (missed)'}"
+        lines.append(f"| {case.strip()} | **{show(ms)}** | {met} | {show(row['floor_ms'])} | {show(eager)} | {show(compiled)} | {peers} |")
+    last = next(reversed(cases.values()))
+    return (f"Milliseconds on one {last['device']}, torch {last['torch']}, Triton {last['triton']} (copy {last['copy_tb_s']} TB/s, bf16 8192³ "
+            f"{last['product_tflop_s']} TFLOP/s); the floor is what these rates allow:\n\n"
+            "| operation | ours | asked | floor | PyTorch | compiled | beside it |\n|---|---|---|---|---|---|---|\n" + "\n".join(lines))
+
+
+def gpu_tests(rows: list[dict]) -> str:
+    row = newest(rows, "command", command="python -m pytest tests -m gpu")
+    if row is None: return "# not run yet"
+    return f"# {row['passed']} tests in {row['seconds']:.0f} s on one {row['device']}, torch {row['torch']}, Triton {row['triton']}, {row['date']}"
+
+
 def command_time(rows: list[dict], command: str) -> str:
     """Minutes of `make run` (the sum of its stages) or `make test`."""
     if command == "run":
@@ -138,8 +165,9 @@ def command_time(rows: list[dict], command: str) -> str:
 
 def rendered(text: str, rows: list[dict]) -> str:
     """README text with every marked table and time replaced."""
-    for name, table in (("claims", table_claims), ("stages", table_stages), ("speed", table_speed)):
+    for name, table in (("claims", table_claims), ("stages", table_stages), ("speed", table_speed), ("kernels", table_kernels)):
         text = re.sub(rf"(<!-- table:{name} -->\n).*?(<!-- end -->)", lambda m, table=table: m[1] + table(rows) + "\n" + m[2], text, flags=re.S)
+    text = re.sub(r"(?m)^(    python -m pytest tests -m gpu +)#.*$", lambda m: m[1] + gpu_tests(rows), text)
     return re.sub(r"(?m)^(    make (run|test) +)#.*$", lambda m: m[1] + command_time(rows, m[2]), text)
 
 

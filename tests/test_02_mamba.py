@@ -162,6 +162,90 @@ def test_one_step_is_one_step_of_the_recurrence():
     assert (y[0] != 0).all() and (y[1] == 0).all() and torch.equal(state[1], S[1]) and not torch.equal(state[0], S[0])
 
 
+def step_inputs(b, t, dtype=torch.float32):
+    x, dt, A, B, C, D, S = (z.detach() for z in inputs(t, b=b, dtype=dtype))
+    return (x, dt, A, B, C, D), torch.cat([S.flip(0), S, -S, S * 2, S / 3, 1 + S])
+
+
+@pytest.mark.parametrize("t", [1, 2, 8, 32])
+def test_a_step_of_several_tokens_is_the_recurrence(t):
+    """From slots in any order; the row at -1 has no sequence, and no other slot changes."""
+    arguments, pool = step_inputs(3, t, torch.float64)
+    before, slots = pool.clone(), torch.tensor([4, -1, 1])
+    want, after = mamba.ssd_recurrence(*arguments, pool[slots])
+    y, same = mamba.ssd_step(*arguments, pool, slots_b=slots)
+    assert same is pool and gap(y[::2], want[::2]) < EXACT and (y[1] == 0).all() and gap(pool[slots[::2]], after[::2]) < EXACT
+    rest = [i for i in range(len(pool)) if i not in (4, 1)]
+    assert torch.equal(pool[rest], before[rest])
+
+
+def test_snapshot_and_replay_are_one_rollback():
+    """After a draft of 5 with a accepted: snapshot a, a replay of a tokens, the draft with dt = 0 behind them and single steps, bit for bit."""
+    (x, dt, A, B, C, D), pool = step_inputs(2, 5)
+    slots = torch.tensor([[7, 1, 2, 3, 4, 5], [0, 6, 8, 9, -1, 10]])
+    y, each = mamba.ssd_step(x, dt, A, B, C, D, pool.clone(), slots_b=slots, write="each")
+    kept = pool.clone()
+    assert torch.equal(mamba.ssd_step(x, dt, A, B, C, D, kept, slots_b=slots[:, 0], write="none")[0], y) and torch.equal(kept, pool)
+    single = pool.clone()
+    for a in range(1, 6):
+        y_a, _ = mamba.ssd_step(x[:, a - 1], dt[:, a - 1], A, B[:, a - 1], C[:, a - 1], D, single, slots_b=slots[:, 0])
+        replayed, _ = mamba.ssd_step(x[:, :a], dt[:, :a], A, B[:, :a], C[:, :a], D, pool.clone(), slots_b=slots[:, 0])[::-1]
+        padded, _ = mamba.ssd_step(x, dt * (torch.arange(5) < a)[:, None], A, B, C, D, pool.clone(), slots_b=slots[:, 0])[::-1]
+        for state in (replayed, padded): assert torch.equal(state[slots[:, 0]], single[slots[:, 0]])
+        assert torch.equal(y[:, a - 1], y_a)
+        for row in (0, 1):
+            if slots[row, a] >= 0: assert torch.equal(each[slots[row, a]], single[slots[row, 0]])
+
+
+@pytest.mark.parametrize("state_format", list(mamba.STATE_FORMATS))
+def test_a_written_state_is_the_fp32_state_rounded_once(state_format):
+    """Between the tokens of a call nothing is rounded; documents at -1 write nothing."""
+    arguments, S = step_inputs(2, 3)
+    pool, doc_b, seed = mamba.quantize_state(S, state_format, seed=1), torch.tensor([-1, 0]), 77
+    wide = mamba.dequantize_state(pool).clone()
+    y_want, wide = mamba.ssd_step(*arguments, wide[:2], doc_b)
+    pool = mamba.QuantizedState(*(z[:2].clone() for z in pool)) if isinstance(pool, tuple) else pool[:2].clone()
+    before = mamba.dequantize_state(pool).clone()
+    y, same = mamba.ssd_step(*arguments, pool, doc_b, state_format=state_format, seed=seed)
+    want = mamba.quantize_state(wide[1], state_format, seed, offset=wide[1].numel())
+    assert same is pool and torch.equal(y, y_want) and torch.equal(mamba.dequantize_state(pool)[0], before[0])
+    for ours, theirs in zip(mamba.parts(pool), mamba.parts(want)): assert torch.equal(ours[1], theirs)
+    zeros = mamba.ssd_step(*arguments, state_format=state_format, seed=seed, write="none")[1]
+    assert (mamba.dequantize_state(zeros) == 0).all() and mamba.parts(zeros)[0].dtype == mamba.STATE_FORMATS[state_format]
+
+
+@pytest.mark.parametrize("drive", [0.0, 1.0], ids=["free decay", "constant input"])
+def test_fp16_to_nearest_stands_still_and_stochastic_rounding_does_not(drive):
+    """A head that keeps 0.9999 a token, 1,000 tokens. Its change is below half a step of fp16, so nearest gives the start for ever; the mean of 1,024
+    stochastic rows is right. A row wanders at most half a step a token, steps of 2^-11: 5 standard errors, a false alarm in two million seeds."""
+    start = 0.3125 if drive else 0.875
+    a, shape = 0.9999, (1, 1, 64, 16)
+    A, dt, one = torch.tensor([math.log(a)]), torch.ones(1, 1), torch.ones(1, 1, 16)
+    x = torch.full((1, 1, 64), drive * (1 - a))
+    states = {f: mamba.quantize_state(torch.full(shape, start), f, seed=0) for f in ("fp16", "fp16_sr", "fp32")}
+    for step in range(1000):
+        for f, state in states.items(): mamba.ssd_step(x, dt, A, one, one, state_bhpn=state, state_format=f, seed=step)
+    true = drive + (start - drive) * a**1000
+    sigma = 2.0**-12 * math.sqrt(1000 / 1024)
+    assert torch.equal(states["fp16"], torch.full(shape, start).half()) and abs(states["fp32"].mean().item() - true) < 1e-4
+    assert abs(true - start) > 100 * sigma and abs(states["fp16_sr"].double().mean().item() - true) < 5 * sigma
+
+
+def test_int8_to_nearest_forgets_what_is_small_beside_the_rows_largest():
+    """One large value and many of a quarter code: nearest stores 0 at every step, stochastic rounding keeps them on average (5 standard errors)."""
+    B = torch.full((1, 1, 16), 0.25)
+    B[..., 0] = 127
+    x, dt, A, steps = torch.full((1, 4, 256), 0.1), torch.ones(1, 4), torch.full((4,), -1e-4), 20
+    states = {f: mamba.quantize_state(torch.zeros(1, 4, 256, 16), f, seed=0) for f in ("int8", "int8_sr")}
+    for step in range(steps):
+        for f, state in states.items(): mamba.ssd_step(x, dt, A, B, B, state_bhpn=state, state_format=f, seed=step)
+    small = {f: mamba.dequantize_state(state)[..., 1:].double() for f, state in states.items()}
+    true = 0.25 * 0.1 * sum(math.exp(-1e-4 * i) for i in range(steps))
+    scale = 0.1 * steps         # of the last write, the largest
+    assert (small["int8"] == 0).all() and abs(small["int8_sr"].mean().item() - true) < 5 * 0.5 * scale * math.sqrt(steps / small["int8"].numel())
+    assert true > 5 * 0.5 * scale * math.sqrt(steps / small["int8"].numel())
+
+
 # --- the convolution
 
 def conv_inputs(t, b=2, c=6, w=4):
@@ -472,6 +556,12 @@ STEP = ones(2, 4, 3), ones(2, 4), -ones(4)
     (lambda: mamba.ssd_step(*STEP, ones(2, 3, 5), ones(2, 3, 5)), "multiple of the groups"),
     (lambda: mamba.ssd_step(*STEP, ones(2, 2, 5), ones(2, 2, 5), state_bhpn=ones(2, 4, 3, 5).bfloat16()), "empty_cache"),
     (lambda: mamba.ssd_step(*STEP, ones(2, 2, 5), ones(2, 2, 5), state_bhpn=ones(2, 4, 5, 3).mT), "contiguous"),
+    (lambda: mamba.ssd_step(*STEP, ones(2, 2, 5), ones(2, 2, 5), state_format="int8_sr"), "seed"),
+    (lambda: mamba.ssd_step(*STEP, ones(2, 2, 5), ones(2, 2, 5), state_bhpn=ones(2, 4, 3, 5), state_format="int8"), "int8"),
+    (lambda: mamba.ssd_step(*STEP, ones(2, 2, 5), ones(2, 2, 5), write="each"), "slots_b"),
+    (lambda: mamba.ssd_step(*STEP, ones(2, 2, 5), ones(2, 2, 5), slots_b=torch.arange(2)), "pool"),
+    (lambda: mamba.ssd_step(ones(2, 33, 4, 3), ones(2, 33, 4), -ones(4), ones(2, 33, 2, 5), ones(2, 33, 2, 5)), "32 tokens"),
+    (lambda: mamba.quantize_state(ones(2, 4), "int4"), "unknown"),
 ])
 def test_wrong_sizes_give_one_clear_sentence(call, word):
     with pytest.raises(ValueError, match=word): call()
@@ -480,7 +570,7 @@ def test_wrong_sizes_give_one_clear_sentence(call, word):
 def test_every_hot_function_hands_all_its_arguments_to_a_twin(monkeypatch):
     """A twin that gets its arguments in another order, or not all of them, would be found only on a GPU."""
     calls, hot = [], {"ssd_chunked": ("ssd", 9), "causal_conv1d": ("conv1d", 5), "rmsnorm": ("norm", 3), "gated_rmsnorm": ("norm", 5),
-                      "ssd_step": ("state_update", 8)}
+                      "ssd_step": ("state_update", 12), "quantize_state": ("state_update", 4)}
     monkeypatch.setattr(mamba.nvfp4, "find_twin", lambda module, name, impl, x: lambda *args: calls.append((module, name, args)))
     for name, (module, count) in hot.items():
         arguments = [f"argument {i}" for i in range(count)]

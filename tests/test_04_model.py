@@ -529,3 +529,53 @@ def test_sampling_follows_temperature_and_top_p():
 def test_the_kv_cache_refuses_to_overflow(trained_like):
     cache = trained_like.empty_cache(1, 4)
     with torch.no_grad(), pytest.raises(ValueError, match="holds 4 tokens and 5 are needed"): trained_like(ids(1, 5), cache=cache)
+
+
+# ---- a slice of a preset
+
+def test_the_slice_is_quantised_as_the_middle_of_the_whole_model():
+    """Four layers would keep the last one high and three the MoE: the slice's formats must be those of Ultra's first M, * and E."""
+    recipe = nvfp4.NVFP4Recipe()
+    blocks = model04.slice_blocks(PRESETS["ultra"], recipe, "meta", torch.bfloat16)
+    kinds = {"Linear": "high", "NVFP4Linear": "nvfp4", "MXFP8Linear": "mxfp8"}
+    for block, layer in zip(blocks, (0, 7, 1), strict=True):
+        assert block.letter == PRESETS["ultra"].pattern[layer] and block.norm.weight.shape == (8192,)
+        found = {name: kinds[type(m).__name__] for name, m in block.named_modules() if type(m).__name__ in kinds}
+        assert found == {name: model04.placement_of(f"backbone.layers.{layer}.{name}.weight", PRESETS["ultra"])[0] for name in found}
+    mixers = [block.mixer for block in blocks]
+    assert mixers[2].experts.recipe is recipe and mixers[2].experts.up_proj.shape == (512, 5120, 2048)
+    assert mixers[2].experts.up_proj.dtype == mixers[0].in_proj.weight.dtype == torch.bfloat16
+    assert mixers[0].A_log.dtype == mixers[2].gate.weight.dtype == mixers[2].gate.e_score_correction_bias.dtype == torch.float32
+
+
+def test_the_slice_runs_forward_and_backward_in_16_bits():
+    """Every parameter and the input get a finite gradient in bf16, without and with the recipe: what --slice times is the whole step."""
+    for recipe in (None, nvfp4.NVFP4Recipe()):
+        torch.manual_seed(0)
+        blocks = model04.slice_blocks(MICRO, recipe, "cpu", torch.bfloat16)
+        x_btd, dy_btd = torch.randn(2, 1, 33, 64, dtype=torch.bfloat16)
+        y_btd, = model04.run_blocks(blocks, x_btd, None)
+        grads = model04.run_blocks(blocks, x_btd.requires_grad_(), dy_btd)
+        assert y_btd.shape == grads[0].shape == (1, 33, 64) and len(grads) == 1 + sum(1 for block in blocks for _ in block.parameters())
+        assert all(torch.isfinite(g).all() for g in grads) and (torch.stack([g.float().abs().max() for g in grads]) > 0).all()
+
+
+def test_the_slice_writes_a_row_for_each_precision_and_layer(tmp_path, capsys, monkeypatch):
+    """Counted work over measured time: a layer's FLOPs from the ledger, the output layer and the three other layers not among them."""
+    monkeypatch.setitem(PRESETS, "tiny", MICRO)
+    monkeypatch.setattr(nvfp4, "best_ms", lambda call, repeats=3: (2.0, call()))
+    model04.main(model04.Config(slice=True, tokens=5, out=tmp_path))
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    high = "bf16" if torch.cuda.is_available() else "fp32"
+    assert [(r["precision"], r["layers"]) for r in rows] == [(p, part) for p in (high, "nvfp4") for part in ("M*E", "M", "*", "E")]
+    attention = 5 * (2 * 64 * (4 * 16 + 2 * 2 * 16 + 4 * 16) + 4 * 4 * 16 * 3)      # q, k, v, o; then scores and values over 3 tokens on average
+    assert [rows[2][k] for k in ("forward_tflops", "both_tflops")] == pytest.approx([attention / 2e-3 / 1e12, 3 * attention / 2e-3 / 1e12])
+    assert rows[0]["both_tflops"] == pytest.approx(sum(r["both_tflops"] for r in rows[1:4])) and "5 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, words", [(dict(preset="ultra"), "ultra needs a CUDA device with about 79 GB .* --preset tiny --slice"),
+                                          (dict(tokens=0), "--tokens 0"), (dict(preset="huge"), "unknown preset 'huge'")])
+def test_a_slice_that_cannot_run_is_one_sentence(flags, words, tmp_path, monkeypatch):
+    """Ultra's experts on a CPU must not start to fill 46 GB first."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=words): model04.main(model04.Config(slice=True, out=tmp_path, **flags))

@@ -1,0 +1,370 @@
+"""The routed experts of a LatentMoE layer: sort the rows by expert, two grouped products, one sum by token. Twin of 03_latentmoe.py, sections 2-4.
+
+    y = sum over a token's chosen experts of  p · Down relu(Up x)²
+
+The idea. Rows sorted by expert turn 512 small layers into one stretch of rows after another. A program computes one tile: some rows of one expert
+times some columns of that expert's weights. Where the stretches end is known on the GPU only, so the grid has the largest number of tiles that any
+routing could need, a small table (`_Routing.plan`) says what each tile is, and the programs left over return at once. No capacity, no padding rows,
+no wait for the GPU; an expert with every token, or with none, is only another table.
+
+The tiling of a grouped product, here with 2, 0 and 1 row tiles in experts 0, 1 and 2; numbers are program ids:
+
+              x (rows sorted by expert)        weights of the row's expert, columns
+                                                  block 0   block 1   block 2
+    expert 0  ┌──────────────┐ rows   0..127   →     0         2         4      rows fastest: programs 0 and 1 run side by side and
+              │              │ rows 128..175   →     1         3         5      read the same weights, once from memory, then from L2
+    expert 1  ├──────────────┤ no rows
+    expert 2  ├──────────────┤ rows 176..299   →     6         7         8      the last tile of an expert is half as high when that is enough
+              └──────────────┘
+
+    _rows_kernel    rows × weights of their expert: up (stores relu²), down, and in the backward pass dy · Down and du · Up, which read the same
+                    weights along the other dimension. x and dy are gathered while loading: their k copies are never written.
+    _sum_kernel     y[r] = sum over k of p · out, in the order of the choices: fp32, one program a token, so two runs agree bit for bit.
+    _weight_kernel  dW[e] = sum over the expert's rows of leftᵀ right: a short sum (176 rows) into a large matrix; zeros for an idle expert.
+
+Backward. With a = relu(Up x)², h = sqrt(a), dy = dL/dy, all of one row:
+    da = Downᵀ dy      dp = a · da      du = 2 p h da      dx = Upᵀ du      dDown = sum of (p dy) aᵀ      dUp = sum of du xᵀ
+Only a is kept, rounded once; h comes back as its root, with half of a's relative error, and is 0 exactly where the ReLU was closed.
+
+What must move for 4096 tokens at Ultra's sizes (22 of 512 experts, l 2048, f 5120, bf16): 90,112 rows, 176 an expert.
+    up      1.89 TFLOP    weights 10.7 GB, x from L2, a 0.92 GB written        down   the same work, a read, 0.37 GB written
+    sum     0.37 GB read                                                       backward   4 × 1.89 TFLOP, weights read once more and dW written once
+    A row tile of 128 wastes 31 % of the work at 176 rows an expert (256 computed); with a half tile at the end 8 % (192 computed).
+For 64 tokens (1,408 rows on about 480 experts) only the weights count: 20 GB, each matrix streamed once past a handful of rows.
+
+Left to the stage: training in NVFP4 (`recipe`; its products have kernels of their own) and float64, in which tests compare algorithms.
+Sources: 03_latentmoe.py; Triton's tutorial on grouped products (one launch for many problems of unequal size); [LatentMoE] 2601.18089.
+"""
+from __future__ import annotations
+
+import importlib
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_UP, _PLAIN, _DA = 0, 1, 2      # what _rows_kernel does with a finished tile: store relu², store, or finish the hidden layer's gradient
+
+
+def _tiles(kind: str, rows: float, n: int, k: int, itemsize: int) -> dict:
+    """Block sizes and launch parameters of a product ("up", "down", "da", "dx", "wgrad") or a row kernel ("sum", "scale").
+    rows: mean rows an expert; n, k: output columns and contraction (m rows of the weight gradient for "wgrad").
+
+    half: the last row tile of an expert may be half as high. tma: weights, or the gradient of the weights, move by tensor descriptor.
+    rows_tma: the rows too, for which a gather is first written out.
+    """
+    small = lambda block, width: min(block, max(16, triton.next_power_of_2(width)))
+    if kind in ("sum", "scale"): return dict(BLOCK=small(2048, n), num_warps=4)
+    if kind == "wgrad":
+        block = (64, 64, 32, 4, 2) if itemsize == 4 else (128, 256, 64, 8, 3)
+        return dict(BLOCK_M=small(block[0], k), BLOCK_N=small(block[1], n), BLOCK_K=block[2], num_warps=block[3], num_stages=block[4], tma=True)
+    if itemsize == 4: block = (32, 64, 32, 4, 2)             # fp32 multiplies without tensor cores
+    elif rows <= 12: block = (16, 128, 128, 4, 3)            # decode: nothing but streaming weights
+    elif rows <= 64: block = (64, 128, 64, 4, 4)
+    else: block = (128, 256, 64, 8, 3)
+    return dict(BLOCK_M=block[0], BLOCK_N=small(block[1], n), BLOCK_K=small(block[2], k), num_warps=block[3], num_stages=block[4],
+                half=block[0] == 128, tma=True, rows_tma=False)
+
+
+class _Routing:
+    """Sorted rows: order_q (sorted place -> pair r·k + slot), inverse_q, offsets_e (where each expert's rows end), and tile tables by tile height."""
+    def __init__(self, experts_rk: Tensor, experts: int):
+        moe = importlib.import_module("03_latentmoe")
+        self.order_q, self.inverse_q, self.offsets_e = moe.sort_by_expert(experts_rk, experts)
+        self.experts, self.k, self.rows, self.plans = experts, experts_rk.shape[1], experts_rk.numel(), {}
+
+    def plan(self, height: int) -> Tensor:
+        """int32 [t, 5], one line a row tile: expert, its first row, its end, its first tile, its number of tiles."""
+        if height not in self.plans:
+            starts_e = F.pad(self.offsets_e[:-1], (1, 0))
+            tiles_e = (self.offsets_e - starts_e + height - 1) // height
+            last_e = tiles_e.cumsum(0, dtype=torch.int32)
+            # the bound: every expert with rows starts one tile, and each full `height` of rows fills at most one more
+            bound = min(self.experts, self.rows) + self.rows // height
+            tile_t = torch.arange(bound, device=last_e.device, dtype=torch.int32)
+            expert_t = torch.searchsorted(last_e, tile_t, right=True).clamp_(max=self.experts - 1)
+            expert_e = torch.arange(self.experts, device=last_e.device, dtype=torch.int32)
+            table_e5 = torch.stack((expert_e, starts_e, self.offsets_e, last_e - tiles_e, tiles_e), dim=1).int()
+            self.plans[height] = table_e5.index_select(0, expert_t)
+        return self.plans[height]
+
+
+@triton.jit
+def _dot(a, b, acc):
+    """acc + a · b, summed in fp32."""
+    if _INTERPRETED:      # it holds bf16 as integers and would multiply those
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def _narrow(x, dtype: tl.constexpr):
+    """x, fp32, in dtype, rounded to nearest even."""
+    if _INTERPRETED and dtype == tl.bfloat16:      # its cast cuts the low half off: round first
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def _hidden_gradient(da_mn, p_m, du_qn, a_qn, dp_q, rows_m, own_m, end, block, N, BLOCK_N: tl.constexpr):
+    """du = 2 p h da with h the root of a, and these columns' part of dp = a · da."""
+    columns_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    at_mn = own_m[:, None].to(tl.int64) * N + columns_n[None, :]
+    kept_mn = (rows_m[:, None] < end) & (columns_n[None, :] < N)
+    a_mn = tl.load(a_qn + at_mn, mask=kept_mn, other=0.0).to(tl.float32)
+    # every column block leaves its own part: adding them with atomics would round in another order in every run
+    tl.store(dp_q + own_m, tl.sum(a_mn * da_mn, axis=1), mask=rows_m < end)
+    tl.store(du_qn + at_mn, _narrow(2.0 * p_m[:, None] * tl.sqrt(a_mn) * da_mn, du_qn.dtype.element_ty), mask=kept_mn)
+
+
+@triton.jit
+def _row_tile(a, w, out, a_qn, dp_bq, weights_q, order_q, expert, row, end, block, N, k, rows, stride_a, K: tl.constexpr,
+              GATHER: tl.constexpr, ACROSS: tl.constexpr, TMA: tl.constexpr, ROWS_TMA: tl.constexpr, EVEN: tl.constexpr, EPILOGUE: tl.constexpr,
+              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """One tile of one expert: BLOCK_M rows from `row` on (those below `end` count) times BLOCK_N columns, and what follows the product."""
+    rows_m, columns_n = row + tl.arange(0, BLOCK_M), block * BLOCK_N + tl.arange(0, BLOCK_N)
+    # surplus rows of the tile repeat the last one: they load what is in the cache anyway and are not stored
+    own_m = tl.minimum(rows_m, end - 1)
+    pair_m = own_m
+    if GATHER or EPILOGUE == 2: pair_m = tl.load(order_q + own_m).to(tl.int32)
+    source_m = own_m
+    if GATHER: source_m = pair_m // k
+    if not ROWS_TMA: a_m1 = a + source_m[:, None].to(tl.int64) * stride_a
+    first = expert.to(tl.int64) * N * K      # a stack of experts has more than 2^31 elements
+
+    acc_mn = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        at_k = start + tl.arange(0, BLOCK_K)
+        if ROWS_TMA: a_mk = a.load([row, start])
+        elif EVEN: a_mk = tl.load(a_m1 + at_k[None, :])
+        else: a_mk = tl.load(a_m1 + at_k[None, :], mask=at_k[None, :] < K, other=0.0)
+        if ACROSS:      # weights lie [k, n]
+            if TMA: w_kn = w.load([expert * K + start, block * BLOCK_N])
+            else: w_kn = tl.load(w + first + at_k[:, None] * N + columns_n[None, :], mask=(at_k[:, None] < K) & (columns_n[None, :] < N), other=0.0)
+        else:           # weights lie [n, k]
+            if TMA: w_nk = w.load([expert * N + block * BLOCK_N, start])
+            else: w_nk = tl.load(w + first + columns_n[:, None] * K + at_k[None, :], mask=(columns_n[:, None] < N) & (at_k[None, :] < K), other=0.0)
+            w_kn = w_nk.T
+        acc_mn = _dot(a_mk, w_kn, acc_mn)
+
+    if EPILOGUE == 2:
+        # a tile of da beside its tile of a needs more registers than a thread has: one half of the columns after the other
+        p_m = tl.load(weights_q + pair_m).to(tl.float32)
+        left_mn, right_mn = tl.split(tl.permute(tl.reshape(acc_mn, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+        _hidden_gradient(left_mn, p_m, out, a_qn, dp_bq + (2 * block).to(tl.int64) * rows, rows_m, own_m, end, 2 * block, N, BLOCK_N // 2)
+        _hidden_gradient(right_mn, p_m, out, a_qn, dp_bq + (2 * block + 1).to(tl.int64) * rows, rows_m, own_m, end, 2 * block + 1, N, BLOCK_N // 2)
+    else:
+        if EPILOGUE == 0:
+            # PITFALL: tl.maximum(nan, 0) is 0, and a spoilt token would look healthy
+            acc_mn = tl.where(acc_mn < 0.0, 0.0, acc_mn)
+            acc_mn *= acc_mn
+        kept_mn = (rows_m[:, None] < end) & (columns_n[None, :] < N)
+        tl.store(out + own_m[:, None].to(tl.int64) * N + columns_n[None, :], _narrow(acc_mn, out.dtype.element_ty), mask=kept_mn)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _rows_kernel(a, a_half, w, out, a_qn, dp_bq, weights_q, order_q, plan_t5, N, k, rows, stride_a, K: tl.constexpr, GATHER: tl.constexpr,
+                 ACROSS: tl.constexpr, TMA: tl.constexpr, ROWS_TMA: tl.constexpr, EVEN: tl.constexpr, EPILOGUE: tl.constexpr, HALF: tl.constexpr,
+                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """out[q, n] = row q of a (or of the token it belongs to) times the weights of q's expert."""
+    blocks = tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0)
+    # an expert's programs are as many as its tiles times `blocks`, so pid // blocks is one of its tiles, though not always the program's own
+    plan = plan_t5 + (pid // blocks) * 5
+    expert, start, end, first_tile, tiles = tl.load(plan), tl.load(plan + 1), tl.load(plan + 2), tl.load(plan + 3), tl.load(plan + 4)
+    local = pid - first_tile * blocks
+    if local >= tiles * blocks: return       # the bound on tiles is rarely met
+    row, block = start + (local % tiles) * BLOCK_M, local // tiles
+
+    if HALF and end - row <= BLOCK_M // 2:
+        _row_tile(a_half, w, out, a_qn, dp_bq, weights_q, order_q, expert, row, end, block, N, k, rows, stride_a, K, GATHER, ACROSS, TMA, ROWS_TMA,
+                  EVEN, EPILOGUE, BLOCK_M // 2, BLOCK_N, BLOCK_K)
+    else:
+        _row_tile(a, w, out, a_qn, dp_bq, weights_q, order_q, expert, row, end, block, N, k, rows, stride_a, K, GATHER, ACROSS, TMA, ROWS_TMA,
+                  EVEN, EPILOGUE, BLOCK_M, BLOCK_N, BLOCK_K)
+
+
+@triton.jit
+def _sum_kernel(rows_ql, inverse_q, weights_q, out_rl, L, WEIGHTED: tl.constexpr, CHOSEN: tl.constexpr, BLOCK: tl.constexpr):
+    """out[r] = sum over a token's choices of weight · row, in fp32 and in the order of the choices."""
+    r, at_l = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total_l = tl.zeros((BLOCK,), tl.float32)
+    for slot in range(CHOSEN):
+        place = tl.load(inverse_q + r * CHOSEN + slot)
+        row_l = tl.load(rows_ql + place * L + at_l, mask=at_l < L, other=0.0).to(tl.float32)
+        if WEIGHTED: row_l *= tl.load(weights_q + r * CHOSEN + slot).to(tl.float32)
+        total_l += row_l
+    tl.store(out_rl + r * L + at_l, _narrow(total_l, out_rl.dtype.element_ty), mask=at_l < L)
+
+
+@triton.jit
+def _scale_kernel(x_rl, order_q, weights_q, out_ql, L, k, stride_x, BLOCK: tl.constexpr):
+    """out[q] = weight of the pair at sorted place q times the row of its token."""
+    q, at_l = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    pair = tl.load(order_q + q)
+    x_l = tl.load(x_rl + pair // k * stride_x + at_l, mask=at_l < L, other=0.0).to(tl.float32) * tl.load(weights_q + pair).to(tl.float32)
+    tl.store(out_ql + q * L + at_l, _narrow(x_l, out_ql.dtype.element_ty), mask=at_l < L)
+
+
+@triton.jit
+def _weight_kernel(left_qm, right, order_q, offsets_e, out, M, N, k, stride_right, GATHER: tl.constexpr, TMA: tl.constexpr,
+                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """out[e, m, n] = sum over the rows q of expert e of left[q, m] · right[q, n]; right may be gathered from the rows of its tokens."""
+    blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0)
+    expert, tile = pid // (blocks_m * blocks_n), pid % (blocks_m * blocks_n)
+    m, n = tile % blocks_m * BLOCK_M, tile // blocks_m * BLOCK_N
+    at_m, at_n = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
+    start, end = tl.load(offsets_e + expert - 1, mask=expert > 0, other=0), tl.load(offsets_e + expert)
+
+    acc_mn = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for row in range(start, end, BLOCK_K):
+        at_k = row + tl.arange(0, BLOCK_K)
+        own_k = at_k < end
+        source_k = at_k
+        if GATHER: source_k = tl.load(order_q + at_k, mask=own_k, other=0).to(tl.int32) // k
+        # PITFALL: both sides must be zero past the expert's end. A zero on one side only lets a neighbour's infinity through as 0 · inf = NaN.
+        left_k1, right_k1 = left_qm + at_k[:, None].to(tl.int64) * M, right + source_k[:, None].to(tl.int64) * stride_right
+        left_km = tl.load(left_k1 + at_m[None, :], mask=own_k[:, None] & (at_m[None, :] < M), other=0.0)
+        right_kn = tl.load(right_k1 + at_n[None, :], mask=own_k[:, None] & (at_n[None, :] < N), other=0.0)
+        acc_mn = _dot(left_km.T, right_kn, acc_mn)
+
+    if TMA: out.store([expert * M + m, n], _narrow(acc_mn, out.dtype))
+    else:
+        at_mn = expert.to(tl.int64) * M * N + at_m[:, None].to(tl.int64) * N + at_n[None, :]
+        tl.store(out + at_mn, _narrow(acc_mn, out.dtype.element_ty), mask=(at_m[:, None] < M) & (at_n[None, :] < N))
+
+
+def _descriptor(x: Tensor, rows: int, columns: int, wanted: bool = True) -> TensorDescriptor | None:
+    """x, flattened to a matrix, as a tensor descriptor with blocks of [rows, columns]; None where the hardware cannot: it copies whole 16 bytes."""
+    flat = x.view(-1, x.shape[-1])
+    if not wanted or flat.shape[0] == 0 or flat.data_ptr() % 16 or flat.shape[1] * flat.element_size() % 16: return None
+    return TensorDescriptor.from_tensor(flat, [rows, columns])
+
+
+def _rows_product(kind: str, a: Tensor, w: Tensor, routing: _Routing, out_dtype: torch.dtype, across: bool = False, gather: bool = False,
+                  square_qn: Tensor | None = None, weights_rk: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """(out_qn, dp_q): rows times their expert's weights, w [e, n, k], or with `across` [e, k, n]. gather: a holds tokens, not sorted rows.
+    dp_q only for "da", which also needs square_qn, the hidden layer's relu², and the routing weights."""
+    n, k = (w.shape[2], w.shape[1]) if across else (w.shape[1], w.shape[2])
+    out_qn = a.new_empty(routing.rows, n, dtype=out_dtype)
+    t = _tiles(kind, routing.rows / routing.experts, n, k, a.element_size())
+    height, width, depth = t["BLOCK_M"], t["BLOCK_N"], t["BLOCK_K"]
+    blocks = triton.cdiv(n, width)
+    dp_bq = a.new_empty(2 * blocks, routing.rows, dtype=torch.float32) if kind == "da" else None
+    if not routing.rows: return out_qn, None if dp_bq is None else dp_bq.sum(0)
+
+    a = a if a.stride(1) == 1 else a.contiguous()
+    if t["rows_tma"] and k * a.element_size() % 16 == 0:
+        if gather: a = a.index_select(0, routing.order_q // routing.k)
+        gather, a = False, a.contiguous()
+    full = None if gather else _descriptor(a, height, depth, t["rows_tma"])
+    half = None if full is None else _descriptor(a, height // 2, depth)
+    # PITFALL: across, a block that reaches past the contraction reads the next expert's weights, where the descriptor sees no edge. They meet zeros
+    # of a, which do not help against an infinity: such shapes take masked loads
+    moved = _descriptor(w, depth if across else width, width if across else depth, t["tma"] and not (across and k % depth))
+
+    plan_t5 = routing.plan(height)
+    epilogue = {"up": _UP, "da": _DA}.get(kind, _PLAIN)
+    _rows_kernel[(len(plan_t5) * blocks,)](
+        a if full is None else full, a if full is None else half, w if moved is None else moved, out_qn, square_qn, dp_bq, weights_rk,
+        routing.order_q, plan_t5, n, routing.k, routing.rows, a.stride(0), K=k, GATHER=gather, ACROSS=across, TMA=moved is not None,
+        ROWS_TMA=full is not None, EVEN=k % depth == 0, EPILOGUE=epilogue, HALF=t["half"], BLOCK_M=height, BLOCK_N=width, BLOCK_K=depth,
+        num_warps=t["num_warps"], num_stages=t["num_stages"])
+    return out_qn, None if dp_bq is None else dp_bq.sum(0)
+
+
+def _sum_by_token(rows_ql: Tensor, routing: _Routing, weights_rk: Tensor | None = None) -> Tensor:
+    """[r, l]: the sum of a token's k rows, each times its weight when weights are given."""
+    r, l = routing.rows // routing.k, rows_ql.shape[1]
+    t, out_rl = _tiles("sum", r, l, 0, rows_ql.element_size()), rows_ql.new_empty(r, l)
+    if r: _sum_kernel[(r, triton.cdiv(l, t["BLOCK"]))](rows_ql, routing.inverse_q, weights_rk, out_rl, l, weights_rk is not None, routing.k, **t)
+    return out_rl
+
+
+def _scaled_rows(x_rl: Tensor, weights_rk: Tensor, routing: _Routing) -> Tensor:
+    """[q, l]: every routed row's copy of x times its weight, in x's dtype."""
+    l = x_rl.shape[1]
+    t, out_ql = _tiles("scale", 1, l, 0, x_rl.element_size()), x_rl.new_empty(routing.rows, l)
+    if routing.rows: _scale_kernel[(routing.rows, triton.cdiv(l, t["BLOCK"]))](x_rl, routing.order_q, weights_rk, out_ql, l, routing.k,
+                                                                               x_rl.stride(0), **t)
+    return out_ql
+
+
+def _weight_gradient(left_qm: Tensor, right: Tensor, routing: _Routing, gather: bool = False) -> Tensor:
+    """[e, m, n]: by expert, the sum over its rows of left's row times right's row. gather: right holds tokens, not sorted rows."""
+    m, n, experts = left_qm.shape[1], right.shape[1], routing.experts
+    t = _tiles("wgrad", routing.rows / experts, n, m, right.element_size())
+    height, width = t["BLOCK_M"], t["BLOCK_N"]
+    out_emn = right.new_empty(experts, m, n)
+    # a block that reaches past an expert's last row would overwrite the next expert's gradient
+    moved = _descriptor(out_emn, height, width, t["tma"] and m % height == 0)
+    right = right if right.stride(1) == 1 else right.contiguous()
+    _weight_kernel[(experts * triton.cdiv(m, height) * triton.cdiv(n, width),)](
+        left_qm, right, routing.order_q, routing.offsets_e, out_emn if moved is None else moved, m, n, routing.k, right.stride(0), GATHER=gather,
+        TMA=moved is not None, BLOCK_M=height, BLOCK_N=width, BLOCK_K=t["BLOCK_K"], num_warps=t["num_warps"], num_stages=t["num_stages"])
+    return out_emn
+
+
+class _Experts(torch.autograd.Function):
+    """y_rl from x_rl, weights_rk, up_efl, down_elf (x and both stacks in one dtype) and the routing."""
+    @staticmethod
+    def forward(ctx, x_rl, weights_rk, up_efl, down_elf, routing):
+        square_qf, _ = _rows_product("up", x_rl, up_efl, routing, x_rl.dtype, gather=True)
+        out_ql, _ = _rows_product("down", square_qf, down_elf, routing, x_rl.dtype)
+        ctx.routing = routing
+        if any(ctx.needs_input_grad): ctx.save_for_backward(x_rl, weights_rk, up_efl, down_elf, square_qf)
+        return _sum_by_token(out_ql, routing, weights_rk)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy_rl):
+        (x_rl, weights_rk, up_efl, down_elf, square_qf), routing = ctx.saved_tensors, ctx.routing
+        needs_x, needs_weights, needs_up, needs_down, _ = ctx.needs_input_grad
+        dy_rl, dx_rl, dweights_rk, dup_efl, ddown_elf = dy_rl.contiguous(), None, None, None, None
+        if needs_down: ddown_elf = _weight_gradient(_scaled_rows(dy_rl, weights_rk, routing), square_qf, routing)
+        if needs_x or needs_weights or needs_up:
+            du_qf, dp_q = _rows_product("da", dy_rl, down_elf, routing, x_rl.dtype, across=True, gather=True, square_qn=square_qf,
+                                        weights_rk=weights_rk)
+            if needs_weights: dweights_rk = dp_q.index_select(0, routing.inverse_q).view_as(weights_rk).to(weights_rk.dtype)
+            if needs_up: dup_efl = _weight_gradient(du_qf, x_rl, routing, gather=True)
+            if needs_x: dx_rl = _sum_by_token(_rows_product("dx", du_qf, up_efl, routing, x_rl.dtype, across=True)[0], routing)
+        return dx_rl, dweights_rk, dup_efl, ddown_elf, None
+
+
+def _serve(x_rl: Tensor, weights_rk: Tensor, experts_rk: Tensor, up_efl, down_elf, dtype: torch.dtype) -> Tensor:
+    """Experts held in 4 bits (NVFP4Tensor): the same steps around products that decode the weights while they load them. No gradient."""
+    nvfp4, moe = importlib.import_module("01_nvfp4"), importlib.import_module("03_latentmoe")
+    if torch.is_grad_enabled() and (x_rl.requires_grad or weights_rk.requires_grad):
+        raise ValueError("experts in 4 bits serve and do not train: call them under torch.no_grad(), or give the weights in bf16")
+    routing = _Routing(experts_rk, up_efl.shape[0])
+    x_ql = x_rl.to(dtype).index_select(0, routing.order_q // routing.k)
+    out_ql = nvfp4.matmul_w4a16(moe.relu2(nvfp4.matmul_w4a16(x_ql, up_efl, routing.offsets_e)), down_elf, routing.offsets_e)
+    return _sum_by_token(out_ql.contiguous(), routing, weights_rk.contiguous())
+
+
+def experts_grouped(x_rl: Tensor, weights_rk: Tensor, experts_rk: Tensor, up_efl, down_elf, recipe=None, seed: int = 0) -> Tensor:
+    """y_rl, the weighted sum of each token's experts, in x's dtype (autocast's when it is on). up_efl, down_elf: tensors, or both NVFP4Tensor.
+
+    bf16 and fp16 run on tensor cores; fp32 is multiplied as fp32; everything is summed in fp32. Two calls give the same bits.
+    With a recipe, or in float64, the stage's experts_sorted computes.
+    """
+    nvfp4, moe = importlib.import_module("01_nvfp4"), importlib.import_module("03_latentmoe")
+    (e, f, l), (r, k) = up_efl.shape, experts_rk.shape
+    if x_rl.shape != (r, l) or weights_rk.shape != (r, k) or down_elf.shape != (e, l, f):
+        raise ValueError(f"experts of up {tuple(up_efl.shape)} and down {tuple(down_elf.shape)} cannot serve rows {tuple(x_rl.shape)} with choices "
+                         f"{tuple(experts_rk.shape)}: they must be [e, f, l], [e, l, f], [r, l] and [r, k]")
+    if isinstance(up_efl, Tensor) != isinstance(down_elf, Tensor):
+        raise ValueError("one stack of experts is in 4 bits and the other is not: quantize both or neither")
+    # the device "meta", on which kernels are compiled for an absent GPU, knows no autocast
+    dtype = x_rl.dtype if x_rl.is_meta else nvfp4.output_dtype(x_rl)
+    if not isinstance(up_efl, Tensor): return _serve(x_rl, weights_rk, experts_rk, up_efl, down_elf, dtype)
+    if recipe is not None: return moe.experts_sorted(x_rl, weights_rk, experts_rk, up_efl, down_elf, recipe, seed)
+    x_rl, up_efl, down_elf = x_rl.to(dtype), up_efl.to(dtype).contiguous(), down_elf.to(dtype).contiguous()
+    if dtype == torch.float64: return moe.experts_sorted(x_rl, weights_rk, experts_rk, up_efl, down_elf)
+    return _Experts.apply(x_rl, weights_rk.contiguous(), up_efl, down_elf, _Routing(experts_rk, e))

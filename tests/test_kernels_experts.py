@@ -1,0 +1,196 @@
+"""kernels/experts.py against stage 03's definition, the loop over experts, in float64: forward and all four gradients."""
+import importlib
+import itertools
+
+import pytest
+import torch
+from kernel_checks import DEVICE, assert_no_worse, randn
+
+moe, nvfp4, experts = (importlib.import_module(m) for m in ("03_latentmoe", "01_nvfp4", "kernels.experts"))
+NAMES = ("y", "dx", "dweights", "dup", "ddown")
+
+
+def routed(r=17, e=6, k=2, l=32, f=48, choose="spread", dtype=torch.float32):
+    """(x, weights, up, down), all with grad, and the choices. The weights are fp32 and positive, as the router hands them out."""
+    score = torch.rand(r, e, generator=torch.Generator().manual_seed(0))
+    if choose == "half": score[:, e // 2:] -= 2         # half of the experts see no token
+    if choose == "one": score[:, 1] += 2                # one expert sees every token
+    make = lambda seed, *shape: randn(*shape, seed=seed, dtype=dtype).requires_grad_()
+    inputs = make(1, r, l), randn(r, k, seed=2).abs().requires_grad_(), make(3, e, f, l), make(4, e, l, f)
+    return inputs, score.topk(k).indices.to(DEVICE)
+
+
+def results(run, inputs, chosen, dy_rl):
+    y = run(inputs[0], inputs[1], chosen, *inputs[2:])
+    return [y, *torch.autograd.grad(y, inputs, dy_rl.to(y.dtype))]
+
+
+def hold_against_the_loop(inputs, chosen, twin=None):
+    dy_rl = randn(*inputs[0].shape, seed=5, dtype=inputs[0].dtype)
+    wide = [v.detach().double().cpu().requires_grad_() for v in inputs]
+    exact = results(moe.experts_loop, wide, chosen.cpu(), dy_rl.cpu())
+    ours, plain = (results(run, inputs, chosen, dy_rl) for run in (twin or experts.experts_grouped, moe.experts_loop))
+    for name, a, b, c in zip(NAMES, ours, plain, exact): assert_no_worse(a, b, c, what=name)
+    return ours
+
+
+def with_tiles(monkeypatch, **changes):
+    """Other tiles for the products; their own for the row kernels."""
+    default = experts._tiles
+    monkeypatch.setattr(experts, "_tiles", lambda kind, *args: {**default(kind, *args), **({} if kind in ("sum", "scale") else changes)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape, choose", [(dict(), "spread"), (dict(r=33), "half"), (dict(r=33, k=1), "one"), (dict(r=1, k=3), "spread"),
+                                           (dict(r=17, l=48, f=80), "one"), (dict(r=9, l=6, f=5), "spread")],
+                         ids=["spread", "half idle", "all on one, k 1", "one token", "48 and 80 wide", "widths of no whole 16 bytes"])
+def test_experts_grouped_is_no_worse_than_the_loop(shape, choose, dtype):
+    """Forward and gradients: a permutation taken for its inverse, a lost or doubled tile, a weight applied twice, a tail that reads a neighbour."""
+    hold_against_the_loop(*routed(choose=choose, dtype=dtype, **shape))
+
+
+@pytest.mark.parametrize("r, e, k, tma, rows_tma", [(40, 3, 1, True, True), (57, 2, 2, True, False), (40, 3, 1, False, False)],
+                         ids=["descriptors", "weights by descriptor", "pointers"])
+def test_several_tiles_in_each_direction(monkeypatch, r, e, k, tma, rows_tma):
+    """Tiles of 32 × 32 × 32 on sizes that are no multiples of them: catches a wrong block order, a table line too few, a tail of the contraction that
+    counts. 40 rows leave 8 for a half tile at the end, 57 leave 25, which need a whole one. At the default tiles small shapes have one tile."""
+    with_tiles(monkeypatch, BLOCK_M=32, BLOCK_N=32, BLOCK_K=32, half=True, tma=tma, rows_tma=rows_tma)
+    hold_against_the_loop(*routed(r, e, k, l=48, f=80, choose="one", dtype=torch.bfloat16))
+
+
+def test_fp16_works_alike():
+    hold_against_the_loop(*routed(r=9, dtype=torch.float16))
+
+
+def test_an_idle_expert_gets_a_zero_gradient():
+    """torch.empty without a store would leave the memory's old contents."""
+    inputs, chosen = routed(choose="half", dtype=torch.bfloat16)
+    dup, ddown = results(experts.experts_grouped, inputs, chosen, randn(17, 32))[3:]
+    assert dup[3:].eq(0).all() and ddown[3:].eq(0).all() and dup[:3].ne(0).any() and ddown[:3].ne(0).any()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_an_infinity_stays_with_its_expert():
+    """A token or a weight at infinity may spoil its own experts, not those whose rows and weights lie next to it in memory: 0 · inf is NaN."""
+    inputs, _ = routed(r=5, e=4, k=1)
+    chosen = torch.tensor([[0], [0], [1], [2], [2]], device=DEVICE)
+    for spoilt in (0, 2, 3):
+        mine = [v.detach().clone() for v in inputs]
+        mine[spoilt][2 if spoilt == 0 else 1] = float("inf")
+        y, dx, _, dup, ddown = results(experts.experts_grouped, [v.requires_grad_() for v in mine], chosen, randn(5, 32))
+        assert all(v[[0, 2, 3]].isfinite().all() for v in (dup, ddown)) and all(v[[0, 1, 3, 4]].isfinite().all() for v in (y, dx)), spoilt
+        assert not y[2].isfinite().all()
+
+
+def test_two_calls_give_the_same_bits():
+    inputs, chosen = routed(r=9, dtype=torch.bfloat16)
+    runs = [results(experts.experts_grouped, inputs, chosen, randn(9, 32)) for _ in range(2)]
+    for a, b in zip(*runs): assert torch.equal(a, b)
+
+
+def test_rows_and_weights_may_lie_apart_in_memory():
+    """x a slice of a projection, stacks transposed, an incoming gradient of stride 0: a kernel that assumes dense rows reads its neighbours."""
+    inputs, chosen = routed(r=17)
+    dense = results(experts.experts_grouped, inputs, chosen, torch.ones(17, 32, device=DEVICE))
+    turn = lambda v: v.detach().mT.contiguous().mT.requires_grad_()
+    sliced = inputs[0].detach().repeat(1, 2)[:, 32:].requires_grad_()
+    for x in (sliced, turn(inputs[0])):
+        apart = [x, *map(turn, inputs[1:])]
+        assert not any(v.is_contiguous() for v in apart)
+        y = experts.experts_grouped(apart[0], apart[1], chosen, *apart[2:])
+        for a, b in zip((y, *torch.autograd.grad(y.sum(), apart)), dense): assert torch.equal(a, b)       # sum's gradient has strides 0
+
+
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,)], ids=str)
+def test_only_what_is_asked_for_is_computed(needed):
+    """A frozen stack costs no gradient, and the others do not change for it."""
+    inputs, chosen = routed(r=5)
+    dy = randn(5, 32, seed=5)
+    everything = results(experts.experts_grouped, inputs, chosen, dy)
+    some = [v.detach().requires_grad_(i in needed) for i, v in enumerate(inputs)]
+    y = experts.experts_grouped(some[0], some[1], chosen, *some[2:])
+    for i, gradient in zip(needed, torch.autograd.grad(y, [some[i] for i in needed], dy)): assert torch.equal(gradient, everything[1 + i])
+    with torch.no_grad(): assert torch.equal(experts.experts_grouped(inputs[0], inputs[1], chosen, *inputs[2:]), everything[0])
+
+
+def test_autocast_reaches_the_experts_and_gradients_keep_their_parameters_dtype():
+    inputs, chosen = routed(r=9)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16): cast = results(experts.experts_grouped, inputs, chosen, randn(9, 32))
+    low = [v if i == 1 else v.detach().bfloat16().requires_grad_() for i, v in enumerate(inputs)]
+    for i, (a, b) in enumerate(zip(cast, results(experts.experts_grouped, low, chosen, randn(9, 32)))):
+        assert a.dtype == (torch.bfloat16 if i == 0 else torch.float32) and torch.equal(a, b.to(a.dtype)), NAMES[i]
+
+
+def test_no_tokens_at_all():
+    """A rank of an expert-parallel layer may get none: empty outputs, zero gradients."""
+    inputs, chosen = routed(r=0)
+    y, dx, dweights, dup, ddown = results(experts.experts_grouped, inputs, chosen, randn(0, 32))
+    assert y.shape == dx.shape == (0, 32) and dweights.shape == (0, 2) and dup.eq(0).all() and ddown.eq(0).all()
+
+
+def test_float64_keeps_its_precision():
+    inputs, chosen = routed(r=9)
+    wide = [v.detach().double().requires_grad_() for v in inputs]
+    for a, b in zip(results(experts.experts_grouped, wide, chosen, randn(9, 32)), results(moe.experts_loop, wide, chosen, randn(9, 32))):
+        assert (a - b).abs().max() <= 1e-12 * b.abs().max()
+
+
+def test_a_recipe_trains_as_the_stage_does():
+    """The same codes in the same products with the same draws: bit for bit the stage's result."""
+    inputs, chosen = routed(r=9)
+    recipe, dy = nvfp4.NVFP4Recipe(), randn(9, 32, seed=5)
+    runs = [results(lambda *args, run=run: run(*args, recipe, 7), inputs, chosen, dy) for run in (experts.experts_grouped, moe.experts_sorted)]
+    for a, b in zip(*runs): assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_in_four_bits_serve(dtype):
+    """The values that the codes stand for, in the dtype of x; and a clear word when somebody wants to train them."""
+    (x, weights, up, down), chosen = routed(r=33, dtype=dtype)
+    packed = [nvfp4.quantize(v.detach().float(), amax=v.detach().float().abs().amax((1, 2))) for v in (up, down)]
+    with torch.no_grad(): y = experts.experts_grouped(x, weights, chosen, *packed)
+    plain, wide = [v.dequantize(dtype) for v in packed], [v.dequantize(torch.float32).to(dtype).double().cpu() for v in packed]
+    exact = moe.experts_loop(x.detach().double().cpu(), weights.detach().double().cpu(), chosen.cpu(), *wide)
+    assert_no_worse(y, moe.experts_loop(x, weights, chosen, *plain), exact)
+    with pytest.raises(ValueError, match="no_grad"): experts.experts_grouped(x, weights, chosen, *packed)
+    with pytest.raises(ValueError, match="both or neither"): experts.experts_grouped(x, weights, chosen, packed[0], down)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    (x, weights, up, down), chosen = routed(r=9)
+    for args in ((x[:, :16], weights, chosen, up, down), (x, weights[:, :1], chosen, up, down), (x, weights, chosen, up, down.mT)):
+        with pytest.raises(ValueError, match="cannot serve"): experts.experts_grouped(*args)
+
+
+@pytest.mark.parametrize("height", [1, 16, 64])
+def test_the_table_names_every_row_once(height):
+    """For any routing: each of an expert's rows in one tile, and the bound on tiles never too small."""
+    for loads in ([0, 0, 0, 0], [70, 0, 0, 0], [0, 0, 0, 1], [16, 64, 1, 0], [17, 65, 3, 1], [1, 1, 1, 1]):
+        chosen = torch.tensor([e for e, n in enumerate(loads) for _ in range(n)], dtype=torch.long).view(-1, 1)
+        seen, ends = [], list(itertools.accumulate(loads))
+        for tile, (e, start, end, first, tiles) in enumerate(experts._Routing(chosen, 4).plan(height).tolist()):
+            if tile >= first + tiles: continue
+            assert end == ends[e] and start == end - loads[e] and tiles == -(-loads[e] // height)
+            row = start + (tile - first) * height
+            seen += range(row, min(row + height, end))
+        assert seen == list(range(sum(loads))), loads
+
+
+def test_the_stage_finds_its_twin(monkeypatch):
+    """impl="triton" runs kernels/experts.py, not the PyTorch body."""
+    inputs, chosen = routed(r=9)
+    y = moe.experts_grouped(inputs[0], inputs[1], chosen, *inputs[2:], impl="triton")
+    assert torch.equal(y, experts.experts_grouped(inputs[0], inputs[1], chosen, *inputs[2:]))
+    monkeypatch.setattr(experts, "experts_grouped", lambda *args: "the twin")
+    assert moe.experts_grouped(inputs[0], inputs[1], chosen, *inputs[2:], impl="triton") == "the twin"
+
+
+def launches(device, arch):
+    """Every kernel at Ultra's sizes: a training step of 4096 tokens and a decode step of 64."""
+    e, k, l, f = 512, 22, 2048, 5120
+    make = lambda *shape, dtype=torch.bfloat16: torch.empty(*shape, device=device, dtype=dtype, requires_grad=True)
+    up, down = make(e, f, l), make(e, l, f)
+    for tokens in (4096, 64):
+        inputs = make(tokens, l), make(tokens, k, dtype=torch.float32), torch.empty(tokens, k, device=device, dtype=torch.long), up, down
+        with torch.set_grad_enabled(tokens > 64): y = experts.experts_grouped(*inputs)
+        if tokens > 64: torch.autograd.grad(y, (*inputs[:2], up, down), torch.empty_like(y))
