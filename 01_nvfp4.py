@@ -61,17 +61,14 @@ def find_twin(module: str, name: str, impl: str, x: Tensor) -> Callable | None:
 
     "auto" takes the twin for a CUDA tensor when it exists, "torch" never does, "triton" insists: ValueError when it is missing.
     """
-    if impl not in ("auto", "torch", "triton"):
-        raise ValueError(f"impl={impl!r} is unknown: use 'auto', 'torch' or 'triton'.")
-    if impl == "torch" or (impl == "auto" and not (x.is_cuda and TWINS["auto"])):
-        return None
+    if impl not in ("auto", "torch", "triton"): raise ValueError(f"impl={impl!r} is unknown: use 'auto', 'torch' or 'triton'.")
+    if impl == "torch" or (impl == "auto" and not (x.is_cuda and TWINS["auto"])): return None
     if not x.is_cuda and not os.environ.get("TRITON_INTERPRET"):
         raise ValueError("Triton kernels need a CUDA device: use impl='torch', or start Python with TRITON_INTERPRET=1 to interpret them on the CPU.")
     try:
         return getattr(importlib.import_module(f"kernels.{module}"), name)
     except (ImportError, AttributeError) as error:
-        if impl == "auto":
-            return None
+        if impl == "auto": return None
         raise ValueError(f"the Triton twin {name} of kernels/{module}.py cannot be imported ({error}): use impl='torch'.") from error
 
 
@@ -85,15 +82,12 @@ def demo_device(impl: str) -> str:
 
 def best_ms(run: Callable, repeats: int = 3) -> tuple[float, object]:
     """(milliseconds of the fastest call after one to warm up, what it returned); waits for the GPU when there is one."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
-    run(); wait()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
+    wait, times = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None), []
+    for _ in range(1 + repeats):
+        wait(); start = time.perf_counter()
         result = run()
-        wait()
-        times.append(1e3 * (time.perf_counter() - start))
-    return min(times), result
+        wait(); times.append(1e3 * (time.perf_counter() - start))
+    return min(times[1:]), result
 
 
 def writable_folder(path: Path) -> Path:
@@ -102,8 +96,7 @@ def writable_folder(path: Path) -> Path:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"the folder {path} cannot be created ({error.strerror}): choose another one.") from error
-    if not os.access(path, os.W_OK):
-        raise ValueError(f"the folder {path} cannot be written to: choose another one.")
+    if not os.access(path, os.W_OK): raise ValueError(f"the folder {path} cannot be written to: choose another one.")
     return Path(path)
 
 
@@ -115,8 +108,7 @@ def run_command(main: Callable, config_class: type, doc: str) -> None:
     try:
         main(tyro.cli(config_class, description=doc))
     except (ValueError, OSError) as error:
-        if os.environ.get("TRACEBACK"):
-            raise
+        if os.environ.get("TRACEBACK"): raise
         sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
     except KeyboardInterrupt:
         sys.exit(f"{Path(sys.argv[0]).stem}: stopped by Ctrl-C; files that were written are whole.")
@@ -124,14 +116,11 @@ def run_command(main: Callable, config_class: type, doc: str) -> None:
 
 def write_row(out: Path, stage: str, **values) -> None:
     """Append one JSON line to out/results.jsonl: the stage's numbers and what is needed to run it again."""
-    try:
-        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    except OSError:                            # no git on this machine
-        git = ""
+    try: git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError: git = ""      # no git on this machine
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     row = dict(stage=stage, **values, commit=git or None, device=device, torch=torch.__version__, argv=sys.argv[1:])
-    with (writable_folder(out) / "results.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    with (writable_folder(out) / "results.jsonl").open("a") as file: file.write(json.dumps(row) + "\n")
 
 
 def new_figure(columns=1, rows=1, width=6.4, height=4.2):
@@ -141,13 +130,10 @@ def new_figure(columns=1, rows=1, width=6.4, height=4.2):
     fig = Figure(figsize=(width * columns, height * rows), dpi=110, layout="constrained")
     axes = fig.subplots(rows, columns)
     for ax in fig.axes:
-        ax.grid(True, color="0.9", linewidth=0.8)
-        ax.set_axisbelow(True)
+        ax.grid(True, color="0.9", linewidth=0.8); ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=10)
-        ax.title.set_fontsize(12)
-        ax.xaxis.label.set_fontsize(11)
-        ax.yaxis.label.set_fontsize(11)
+        for text, size in ((ax.title, 12), (ax.xaxis.label, 11), (ax.yaxis.label, 11)): text.set_fontsize(size)
     return fig, axes
 
 
@@ -176,8 +162,7 @@ def mix64(z: int) -> int:
 def draw_seed_for(seed: int, step: int, micro: int = 0, layer: int = 0, operand: int = 0) -> int:
     """A 63-bit seed for one operand of one layer at one step: the same after a resume, in a recomputation and on every rank."""
     h = 0
-    for word in (seed, step, micro, layer, operand):
-        h = mix64(h ^ (word % 2**64))
+    for word in (seed, step, micro, layer, operand): h = mix64(h ^ (word % 2**64))
     return h >> 1
 
 
@@ -223,15 +208,17 @@ def unpack(packed: Tensor) -> Tensor:
 # Stochastic rounding needs one uniform number per element. A generator with a state would give other numbers after a resume, in an activation
 # recomputation or on another rank; a hash of (seed, position) gives the same ones, in any order, in a Triton kernel too. All in uint32:
 #     k0, k1 = low and high word of mix64(seed);   key = mix(mix(lo(i // 16) ^ k0) ^ hi(i // 16) ^ k1)        one key a block of 16 elements
-#     h = mix(key + (i % 16) * 0x9E3779B9);        u = (h >> 8) / 2^24                                        i = element index + offset
+#     h = mix(key + (i % 16 // 2) * 0x9E3779B9);   u = (low half of h for an even i, high half for an odd i) / 2^16     i = element index + offset
 #     mix(x): x ^= x >> 16;  x *= 0x7FEB352D;  x ^= x >> 15;  x *= 0x846CA68B;  x ^= x >> 16                  (Wellons' lowbias32)
+# ours: 16 bits an element, so that one hash serves two: most of a rounding kernel's instructions are the hash's. Steps of 2^-16 are far below
+# what a mean over any real number of draws can tell.
 
 def int32(word: int) -> int:
     """The signed number with the same 32 bits: torch has few uint32 operations, and int32 wraps around alike."""
     return (word & 0xFFFFFFFF) - ((word & 0x80000000) << 1)
 
 
-LANES = torch.tensor([int32(lane * 0x9E3779B9) for lane in range(16)], dtype=torch.int32)
+PAIRS = torch.tensor([int32(lane * 0x9E3779B9) for lane in range(8)], dtype=torch.int32)
 
 
 def mix32(x: Tensor) -> Tensor:
@@ -251,14 +238,13 @@ def split_key(seed: int) -> tuple[int, int]:
 
 
 def uniform_draws(seed: int, start: int, count: int, device=None) -> Tensor:
-    """The draws of elements start .. start + count - 1 in [0, 1), 24 bits each; start and count are multiples of 16."""
-    if start % 16 or count % 16:
-        raise ValueError(f"draws come in blocks of 16: offset {start} and count {count} must be multiples of 16.")
+    """The draws of elements start .. start + count - 1 in [0, 1), 16 bits each; start and count are multiples of 16."""
+    if start % 16 or count % 16: raise ValueError(f"draws come in blocks of 16: offset {start} and count {count} must be multiples of 16.")
     k0, k1 = split_key(seed)
     block = torch.arange(start // 16, (start + count) // 16, device=device)
     keys = mix32(mix32(block.to(torch.int32) ^ k0) ^ (block >> 32).to(torch.int32) ^ k1)
-    h = mix32(keys[:, None] + LANES.to(keys.device))
-    return (((h >> 8) & 0xFFFFFF) * 2.0**-24).flatten()
+    h = mix32(keys[:, None] + PAIRS.to(keys.device))
+    return (torch.stack((h & 0xFFFF, (h >> 16) & 0xFFFF), dim=-1) * 2.0**-16).flatten()
 
 
 # %% 4 · Two-level scales  [NVFP4, data format; TE, reference quantizer]
@@ -287,8 +273,7 @@ class NVFP4Tensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32, impl: str = "auto") -> Tensor:
         """grid[code] · s_b · s_dec, in fp32, then cast. The first product is exact, the second rounds once."""
-        if twin := find_twin("nvfp4", "dequantize", impl, self.codes):
-            return twin(self, dtype)
+        if twin := find_twin("nvfp4", "dequantize", impl, self.codes): return twin(self, dtype)
         pairs = E2M1_PAIRS.to(self.codes.device).index_select(0, self.codes.flatten().int())
         blocks = torch.view_as_real(pairs).view(*self.block_scale.shape, self.block[1])
         x = blocks.mul_(self.block_scale.float()[..., None]).mul_(align(self.global_scale, len(self.shape))[..., None])
@@ -307,8 +292,7 @@ class NVFP4Tensor:
 
 def transpose_codes(codes: Tensor, impl: str = "auto") -> Tensor:
     """Packed codes [..., R, K/2] of the transposed matrix, [..., K, R/2]."""
-    if twin := find_twin("nvfp4", "transpose_codes", impl, codes):
-        return twin(codes)
+    if twin := find_twin("nvfp4", "transpose_codes", impl, codes): return twin(codes)
     return pack(unpack(codes).mT.contiguous())
 
 
@@ -372,8 +356,7 @@ def squared_error(m: Tensor, block_scale: Tensor, s_dec: Tensor, height: int) ->
 def choose_scale(x_rk: Tensor, amax_b: Tensor, s_enc: Tensor, s_dec: Tensor, rule: str, height: int) -> Tensor:
     """The E4M3 scale of each block by max, four_over_six or mse; amax_b, s_enc and s_dec are grids [rows / height, blocks]."""
     base = amax_b * (s_enc * (1 / 6))          # in TE's order of operations, which fixes the last bit
-    if rule == "max":
-        return e4m3(base)
+    if rule == "max": return e4m3(base)
     chosen = torch.empty_like(base, dtype=torch.float8_e4m3fn)
     for rows in row_slices(x_rk, height):
         grid = slice(rows.start // height, rows.stop // height)
@@ -400,8 +383,7 @@ def check_request(x: Tensor, block, rounding, scale_rule, seed, format, name) ->
     """(height, width) of a block, or a ValueError that says what to change."""
     for value, known, label in ((rounding, ("nearest", "stochastic"), "rounding"), (format, ("nvfp4", "mxfp4"), "format"),
                                 (scale_rule, ("max", "four_over_six", "mse"), "scale_rule")):
-        if value not in known:
-            raise ValueError(f"{label}={value!r} is unknown: use one of {', '.join(known)}.")
+        if value not in known: raise ValueError(f"{label}={value!r} is unknown: use one of {', '.join(known)}.")
     width = 16 if format == "nvfp4" else 32
     if tuple(block) not in ((1, 16), (16, 16), (1, width), (width, width)):
         raise ValueError(f"block={block} is not an NVFP4 block: use (1, 16) for rows or (16, 16) for tiles.")
@@ -410,10 +392,8 @@ def check_request(x: Tensor, block, rounding, scale_rule, seed, format, name) ->
         raise ValueError(f"scale_rule={scale_rule!r} chooses among E4M3 scales, and MXFP4 has powers of two: use scale_rule='max'.")
     if rounding == "stochastic" and scale_rule != "max":       # [TE] raises as well
         raise ValueError(f"stochastic rounding is for gradients and scale_rule={scale_rule!r} for weights: use scale_rule='max'.")
-    if rounding == "stochastic" and seed is None:
-        raise ValueError("stochastic rounding draws from a seed: pass seed=... (draw_seed_for makes one).")
-    if not x.is_floating_point():
-        raise ValueError(f"{name} has dtype {x.dtype}: only floating point tensors can be quantized.")
+    if rounding == "stochastic" and seed is None: raise ValueError("stochastic rounding draws from a seed: pass seed=... (draw_seed_for makes one).")
+    if not x.is_floating_point(): raise ValueError(f"{name} has dtype {x.dtype}: only floating point tensors can be quantized.")
     if x.ndim == 0 or x.shape[-1] % width:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, and blocks hold {width} values of the last dimension: pad it to a multiple of {width}.")
     if height > 1 and (x.ndim < 2 or x.shape[-2] % height):
@@ -463,8 +443,7 @@ def quantize(x: Tensor, block: tuple[int, int] = (1, 16), rounding: Literal["nea
     Arithmetic is fp32 whatever x's dtype. ValueError: a width that blocks do not divide, NaN or Inf in x (`name` is how the message calls it).
     """
     height, width = check_request(x, block, rounding, scale_rule, seed, format, name)
-    if twin := find_twin("nvfp4", "quantize", impl, x):
-        return twin(x, block, rounding, scale_rule, amax, seed, offset, format)
+    if twin := find_twin("nvfp4", "quantize", impl, x): return twin(x, block, rounding, scale_rule, amax, seed, offset, format)
     x = x.detach().float() if x.dtype == torch.float64 else x.detach()
     lead, x_rk = x.shape[:-1], x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
     blocks = x.shape[-1] // width
@@ -506,8 +485,7 @@ HADAMARD16 = HADAMARD_SIGNS[:, None] * torch.kron(HADAMARD4, HADAMARD4) / 4     
 
 def hadamard16(x: Tensor, dim: int = -1) -> Tensor:
     """Every 16 neighbours along `dim` times H; in fp32, or fp64 when x is. ours: TE's reference leaves bf16 data in bf16, one rounding more."""
-    if x.shape[dim] % 16:
-        raise ValueError(f"the Hadamard transform mixes 16 values: pad dimension {dim} of {tuple(x.shape)} to a multiple of 16.")
+    if x.shape[dim] % 16: raise ValueError(f"the Hadamard transform mixes 16 values: pad dimension {dim} of {tuple(x.shape)} to a multiple of 16.")
     x = (x if x.dtype == torch.float64 else x.float()).movedim(dim, 0)
     tiles = x.reshape(x.shape[0] // 16, 16, math.prod(x.shape[1:]))
     with torch.autocast(x.device.type, enabled=False):
@@ -522,31 +500,27 @@ def hadamard16(x: Tensor, dim: int = -1) -> Tensor:
 def product(a: Tensor, b: Tensor, offsets_e: Tensor | None = None) -> Tensor:
     """a · bᵀ in the operands' own precision, whole or by expert."""
     with torch.autocast(a.device.type, enabled=False):
-        if offsets_e is None:
-            return a @ b.mT
+        if offsets_e is None: return a @ b.mT
         ends = offsets_e.tolist()
         cut = a.shape[0] if b.ndim == 3 else a.shape[1]
         if ends[-1] != cut or (b.ndim == 3 and b.shape[0] != len(ends)):
             raise ValueError(f"offsets_e ends at {ends[-1]} for {len(ends)} experts, but the operands are {tuple(a.shape)} and {tuple(b.shape)}: "
                              "it must hold each expert's end, the last equal to the number of rows.")
         spans = list(zip([0, *ends], ends))
-        if b.ndim == 3:
-            return torch.cat([a[start:end] @ b[e].T for e, (start, end) in enumerate(spans)])
+        if b.ndim == 3: return torch.cat([a[start:end] @ b[e].T for e, (start, end) in enumerate(spans)])
         return torch.stack([a[:, start:end] @ b[:, start:end].T for start, end in spans])
 
 
 def matmul(a: NVFP4Tensor, b: NVFP4Tensor, offsets_e: Tensor | None = None, out_dtype: torch.dtype | None = None, impl: str = "auto") -> Tensor:
     """a · bᵀ of two quantized operands, summed in fp32 as the hardware does (in fp64 for out_dtype float64, for tests); fp32 out by default."""
-    if twin := find_twin("nvfp4_gemm", "matmul", impl, a.codes):
-        return twin(a, b, offsets_e, out_dtype)
+    if twin := find_twin("nvfp4_gemm", "matmul", impl, a.codes): return twin(a, b, offsets_e, out_dtype)
     dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
     return product(a.dequantize(dtype), b.dequantize(dtype), offsets_e).to(out_dtype or dtype)
 
 
 def matmul_w4a16(x: Tensor, w: NVFP4Tensor, offsets_e: Tensor | None = None, impl: str = "auto") -> Tensor:
     """x · wᵀ with 4-bit weights and x in its own dtype: how a GPU without FP4 tensor cores serves the checkpoint.  [Ultra, quantization]"""
-    if twin := find_twin("nvfp4_gemm", "matmul_w4a16", impl, x):
-        return twin(x, w, offsets_e)
+    if twin := find_twin("nvfp4_gemm", "matmul_w4a16", impl, x): return twin(x, w, offsets_e)
     return product(x, w.dequantize(x.dtype), offsets_e)
 
 
@@ -603,8 +577,7 @@ def padded_offsets(offsets_e: Tensor, width: int = 16) -> Tensor:
 def pad_tokens(x_rd: Tensor, offsets_e: Tensor | None, width: int) -> Tensor:
     """Zero rows until the token axis (of every expert) is a multiple of the block: zeros add nothing to a sum over tokens."""
     rows = x_rd.shape[0]
-    if offsets_e is None:
-        return F.pad(x_rd, (0, 0, 0, -rows % width))
+    if offsets_e is None: return F.pad(x_rd, (0, 0, 0, -rows % width))
     ends_e = padded_offsets(offsets_e, width)
     shift_e = ends_e.roll(1) - offsets_e.roll(1)           # rows of zeros inserted before each expert
     shift_e[0] = 0
@@ -616,8 +589,7 @@ def pad_tokens(x_rd: Tensor, offsets_e: Tensor | None, width: int) -> Tensor:
 def quantize_rows(x_rd: Tensor, offsets_e: Tensor | None = None, rounding="nearest", seed: int | None = None, format="nvfp4",
                   name="input", impl: str = "auto") -> NVFP4Tensor:
     """The operand whose contraction is its features: fprop's X, dgrad's dY."""
-    if twin := find_twin("nvfp4", "quantize_rows", impl, x_rd):
-        return twin(x_rd, offsets_e, rounding, seed, format)
+    if twin := find_twin("nvfp4", "quantize_rows", impl, x_rd): return twin(x_rd, offsets_e, rounding, seed, format)
     amax = None if offsets_e is None or format == "mxfp4" else amax_by_expert(x_rd.detach().abs().amax(-1).float(), offsets_e)
     return quantize(x_rd, (1, 16), rounding, amax=amax, seed=seed, format=format, impl=impl, name=name)
 
@@ -625,8 +597,7 @@ def quantize_rows(x_rd: Tensor, offsets_e: Tensor | None = None, rounding="neare
 def quantize_columns(x_rd: Tensor, offsets_e: Tensor | None = None, rounding="nearest", seed: int | None = None, format="nvfp4", name="input",
                      rht: bool = True, impl: str = "auto") -> NVFP4Tensor:
     """The operand whose contraction is the tokens, [d, padded tokens]: wgrad's X and dY. Experts end at padded_offsets(offsets_e)."""
-    if twin := find_twin("nvfp4", "quantize_columns", impl, x_rd):
-        return twin(x_rd, offsets_e, rounding, seed, format, rht)
+    if twin := find_twin("nvfp4", "quantize_columns", impl, x_rd): return twin(x_rd, offsets_e, rounding, seed, format, rht)
     padded_rd = pad_tokens(x_rd.detach(), offsets_e, 16 if format == "nvfp4" else 32)
     padded_rd = hadamard16(padded_rd, dim=0) if rht else padded_rd
     amax = None
@@ -640,8 +611,7 @@ def quantize_pair(x_rd: Tensor, offsets_e: Tensor | None = None, rounding: Liter
                   ) -> tuple[NVFP4Tensor, NVFP4Tensor]:
     """(rows, columns): both directions of one tensor from one read; the Hadamard transform touches the columns only. Two seeds are mixed from one,
     because equal draws in both copies would make the errors of dX and dW go together."""
-    if twin := find_twin("nvfp4", "quantize_pair", impl, x_rd):
-        return twin(x_rd, offsets_e, rounding, rht, seed, format)
+    if twin := find_twin("nvfp4", "quantize_pair", impl, x_rd): return twin(x_rd, offsets_e, rounding, rht, seed, format)
     seeds = (None, None) if seed is None else (mix64(2 * seed), mix64(2 * seed + 1))
     return (quantize_rows(x_rd, offsets_e, rounding, seeds[0], format, name, impl),
             quantize_columns(x_rd, offsets_e, rounding, seeds[1], format, name, rht, impl))
@@ -661,8 +631,7 @@ class _NVFP4Linear(torch.autograd.Function):
     def forward(ctx, x_rd, w, recipe, offsets_e, seed, dtype):
         ctx.save_for_backward(x_rd, w, offsets_e)
         ctx.recipe, ctx.seed, ctx.dtype = recipe, seed, dtype
-        if not recipe.forward:
-            return product(x_rd.to(dtype), w.to(dtype), offsets_e)
+        if not recipe.forward: return product(x_rd.to(dtype), w.to(dtype), offsets_e)
         x_rows = quantize_rows(x_rd, offsets_e, format=recipe.format, name="the input of a linear layer")
         w_rows = quantize(w, (16, 16) if recipe.weight_tiles else (1, 16), format=recipe.format, name="the weight of a linear layer")
         return matmul(x_rows, w_rows, offsets_e, dtype)
@@ -743,19 +712,24 @@ def mxfp8_round_trip(x: Tensor, name: str = "input") -> Tensor:
     return (e4m3(blocks / scale).float() * scale).flatten(-2)
 
 
+def mxfp8_product(a: Tensor, b: Tensor, name: str = "input") -> Tensor:
+    """a · bᵀ of operands rounded to MXFP8, fp32. On a GPU in bf16, which holds E4M3 times a power of two exactly, with fp32 sums."""
+    a, b = mxfp8_round_trip(a, name), mxfp8_round_trip(b, "the weight of a linear layer")
+    return torch.mm(a.bfloat16(), b.bfloat16().mT, out_dtype=torch.float32) if a.is_cuda else product(a, b)
+
+
 class _MXFP8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_rd, w_oi, dtype):
         ctx.save_for_backward(x_rd, w_oi)
-        return product(mxfp8_round_trip(x_rd, "the input of a linear layer"), mxfp8_round_trip(w_oi, "the weight of a linear layer")).to(dtype)
+        return mxfp8_product(x_rd, w_oi, "the input of a linear layer").to(dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy_ro):
         x_rd, w_oi = ctx.saved_tensors
-        columns = lambda a_rd: mxfp8_round_trip(pad_tokens(a_rd, None, 32).mT)
-        dx = product(mxfp8_round_trip(dy_ro, GRADIENT), mxfp8_round_trip(w_oi.mT)).to(x_rd.dtype)
-        return dx, product(columns(dy_ro), columns(x_rd)).to(w_oi.dtype), None
+        dx = mxfp8_product(dy_ro, w_oi.mT, GRADIENT).to(x_rd.dtype)
+        return dx, mxfp8_product(*(pad_tokens(a_rd, None, 32).mT for a_rd in (dy_ro, x_rd))).to(w_oi.dtype), None
 
 
 class MXFP8Linear(QuantizedLinear):
@@ -794,10 +768,8 @@ def sample(distribution: str, rows: int, columns: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     normal = lambda: torch.randn(rows, columns, generator=generator)
     x = normal()
-    if distribution == "Laplace":
-        return x.sign() * torch.empty(rows, columns).exponential_(generator=generator)
-    if distribution == "Student-t3":
-        return x / ((normal().square() + normal().square() + normal().square()) / 3).sqrt()
+    if distribution == "Laplace": return x.sign() * torch.empty(rows, columns).exponential_(generator=generator)
+    if distribution == "Student-t3": return x / ((normal().square() + normal().square() + normal().square()) / 3).sqrt()
     if distribution == "outliers":             # one value in a thousand is 20 times larger
         return torch.where(torch.rand(rows, columns, generator=generator) < 1e-3, 20 * x, x)
     return x
@@ -881,18 +853,17 @@ def measure_layer(tokens: int = 512, i: int = 256, o: int = 256, steps: int = 16
 
 
 def measure_twins(device: str, size: int, seed: int = 0) -> list[list]:
-    """Quantizer and product beside their Triton twins: milliseconds of both, and the share of codes (of results, for products) that differ."""
+    """Quantizer and products beside their Triton twins: milliseconds of both, and the share of codes that differ (for products the error)."""
     x = sample("Gaussian", size, size, seed).to(device)
-    runs = {"quantize, rows": lambda impl: quantize(x, impl=impl).codes, "quantize, 16x16 tiles": lambda impl: quantize(x, (16, 16), impl=impl).codes,
-            "quantize, stochastic": lambda impl: quantize(x, rounding="stochastic", seed=seed, impl=impl).codes,
-            "quantize_pair, stochastic": lambda impl: quantize_pair(x, rounding="stochastic", seed=seed, impl=impl)[1].codes,
-            "matmul_w4a16": lambda impl: matmul_w4a16(x[:16], quantize(x, impl="torch"), impl=impl),
-            "matmul": lambda impl: matmul(quantize(x, impl="torch"), quantize(x, impl="torch"), impl=impl)}
-    rows = []
+    q, draws, rows = quantize(x, impl="torch"), dict(rounding="stochastic", seed=seed), []
+    runs = {"quantize, rows": lambda impl: quantize(x, impl=impl).codes, "quantize, tiles": lambda impl: quantize(x, (16, 16), impl=impl).codes,
+            "quantize, stochastic": lambda impl: quantize(x, **draws, impl=impl).codes,
+            "quantize_pair, stochastic": lambda impl: quantize_pair(x, **draws, impl=impl)[1].codes,
+            "matmul": lambda impl: matmul(q, q, impl=impl), "matmul_w4a16, 16 rows": lambda impl: matmul_w4a16(x[:16], q, impl=impl)}
     for label, run in runs.items():
         (plain_ms, plain), (twin_ms, twin) = (best_ms(lambda run=run, impl=impl: run(impl)) for impl in ("torch", "triton"))
-        gap = (plain != twin).double().mean().item() if plain.dtype == torch.uint8 else relative_error(plain.float(), twin.float()) ** 0.5
-        rows.append([label, plain_ms, twin_ms, f"{gap:.1e}"])
+        gap = (plain != twin).float().mean().item() if plain.dtype == torch.uint8 else relative_error(plain, twin) ** 0.5
+        rows.append([label, plain_ms, twin_ms, f"{gap:.0e}"])
     return rows
 
 
@@ -907,7 +878,6 @@ def plot_grid_and_scales(path: Path) -> None:
     left.text(6.6, 0.3, "cut to 6", color="C3", ha="center", fontsize=10)
     left.set(title="Eight magnitudes, with steps that widen: ½, 1, 2", xlabel="value / scale", ylabel="what 4 bits keep", yticks=E2M1[:8].tolist())
     left.legend(loc="upper left", fontsize=10)
-
     sizes = torch.tensor([1.0, 0.3, 3.0, 0.7, 0.1, 1.6])
     x = sample("Gaussian", 1, 96, seed=3) * sizes.repeat_interleave(16)
     q = quantize(x)
@@ -931,7 +901,6 @@ def plot_errors(errors: dict[tuple[str, str], float], path: Path) -> None:
     left.set(title="Stochastic errors reach twice as far; Four-Over-Six shortens the tails", xlabel="error, % of the block's maximum",
              ylabel="density")
     left.legend(fontsize=10)
-
     methods = [method for method in METHODS if "8" not in method]          # FP8 lies 10 dB above the page
     for method, marker in zip(methods, "osD^vPX"):
         right.plot(range(4), [decibels(errors[method, d]) for d in DISTRIBUTIONS], marker=marker, markersize=8, linewidth=1, alpha=0.85,
@@ -950,11 +919,9 @@ def plot_hadamard(path: Path) -> None:
     y = hadamard16(x)
     left.vlines(range(64), 0, x[0], color="C3", linewidth=4, alpha=0.45, label=f"before: largest {x.abs().max():.1f}")
     left.vlines(range(64), 0, y[0], color="C0", linewidth=1.8, label=f"after: largest {y.abs().max():.1f}")
-    for edge in (16, 32, 48):
-        left.axvline(edge - 0.5, color="0.6", linewidth=0.8, linestyle=":")
+    for edge in (16, 32, 48): left.axvline(edge - 0.5, color="0.6", linewidth=0.8, linestyle=":")
     left.set(title="One outlier becomes sixteen values of a quarter of its size", xlabel="token (dotted: blocks of 16)", ylabel="value")
     left.legend(fontsize=10)
-
     heavy = sample("Student-t3", 512, 1024, seed=6)
     for label, data, color in (("before", heavy, "C3"), ("after", hadamard16(heavy), "C0"), ("Gaussian", sample("Gaussian", 512, 1024), "0.5")):
         blocks = data.unflatten(-1, (-1, 16))
@@ -974,7 +941,6 @@ def plot_long_sum(sums: dict[str, Tensor], path: Path) -> None:
         ax.plot(steps, values, color=color, linewidth=width, alpha=0.6 if name == "true" else 1, label=f"{name}: {values[-1]:.1f}")
     ax.set(title="Nearest rounding loses small gradients for good, stochastic rounding only blurs them", xlabel="steps summed",
            ylabel="running sum of a small entry")
-    ax.title.set_fontsize(11)
     ax.legend(fontsize=10)
     save_figure(fig, path)
 
@@ -996,7 +962,6 @@ def main(config: Config) -> None:
     errors = measure_errors(rows=config.rows, seed=config.seed)
     for title, show in (("signal to error, dB (higher is better)", decibels), ("error energy / signal energy (lower is better)", "{:.5f}".format)):
         print_table(f"{title}: {config.rows} x 4096", ["", *DISTRIBUTIONS], [[m, *(show(errors[m, d]) for d in DISTRIBUTIONS)] for m in METHODS])
-
     # change of the mean squared error against max scales, on the same 256 rows for both
     x = sample("Gaussian", 256, 4096, config.seed)
     of_max = relative_error(x, quantize(x).dequantize())
@@ -1005,7 +970,6 @@ def main(config: Config) -> None:
         ["NVFP4, signal to error  [INT4vFP4: mean over model tensors]", "20.60 dB", f"{decibels(errors['NVFP4 nearest', 'Gaussian']):.2f} dB"],
         ["Four-Over-Six against max, MSE  [Ultra: median of 49,152 expert matrices]", "-16.4 %", f"{change['four_over_six']:.1%}"],
         ["mse sweep against max, MSE  [Ultra: 'an additional 27.1%', read as against max]", "-27.1 %", f"{change['mse']:.1%}"]])
-
     sums = measure_long_sum(seed=config.seed)
     bias = {name: 100 * (total[-1] / sums["true"][-1] - 1).item() for name, total in sums.items()}
     print_table("a sum of 4,096 small gradients beside large ones", ["rounding", "sum", "bias"],
@@ -1018,11 +982,9 @@ def main(config: Config) -> None:
                 [[label, f"{100 * value:+.2f} %"] for label, value in zip(labels, saturation.values())])
     print_table("a linear layer's products against fp64 (heavy-tailed X and dY): error size", ["recipe", "Y", "dX", "dW", "dW, mean of 16 steps"],
                 measure_layer(seed=config.seed))
-
     if config.impl == "triton" or device == "cuda":
         twins = measure_twins(device, size=4096 if device == "cuda" else 64)
         print_table(f"the Triton kernels on {device}", ["", "PyTorch ms", "kernel ms", "differs by"], twins)
-
     plot_grid_and_scales(config.out / "01_grid_and_scales.png")
     plot_errors(errors, config.out / "01_errors.png")
     plot_hadamard(config.out / "01_hadamard.png")

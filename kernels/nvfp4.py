@@ -38,7 +38,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.draws import block_keys, draw_bits, split_key
+from kernels.draws import block_keys, draw16, split_key
 
 _NATIVE = None        # True: convert with Blackwell's cvt.e2m1x2; False: portable; None: ask the device
 
@@ -141,7 +141,7 @@ def _words(y, block, k0, k1, R: tl.constexpr, C: tl.constexpr, STOCHASTIC: tl.co
         return _native_words(y, R, C)
     if STOCHASTIC:
         lane = tl.arange(0, 16)[None, None, :]
-        draw = (draw_bits(block_keys(block, k0, k1)[:, :, None], lane) >> 8).to(tl.int32)
+        draw = draw16(block_keys(block, k0, k1)[:, :, None], lane) << 8
         minus = _stochastic(tl.abs(y), draw) + (y.to(tl.int32, bitcast=True) >> 31) * 8
         return -tl.sum(tl.reshape(minus, [R, C // 16, 2, 8]) << (4 * tl.arange(0, 8))[None, None, None, :], axis=3)
     code = _nearest(tl.abs(y)) + (y.to(tl.uint32, bitcast=True) >> 31).to(tl.int32) * 8

@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.draws import block_keys, draw_bits, split_key
+from kernels.draws import block_keys, draw16, split_key
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -67,13 +67,13 @@ def _key(seed_ptr, k0, k1):
 
 @triton.jit
 def _bits(first, row_p, n, k0, k1, N: tl.constexpr, ALIGNED: tl.constexpr):
-    """32 random bits for the elements first + row · N + n, [rows, n]; first is int64."""
+    """16 random bits for the elements first + row · N + n, [rows, n]; first is int64."""
     start_p = first + row_p * N
     if ALIGNED:     # rows start at a block of 16: a thread's neighbouring numbers have one key, and the compiler sees that in n >> 4
         keys = block_keys((start_p >> 4)[:, None] + (n >> 4), k0, k1)
-        return draw_bits(keys, n & 15)
+        return draw16(keys, n & 15)
     element = start_p[:, None] + n
-    return draw_bits(block_keys(element >> 4, k0, k1), (element & 15).to(tl.int32))
+    return draw16(block_keys(element >> 4, k0, k1), (element & 15).to(tl.int32))
 
 
 @triton.jit
@@ -93,7 +93,7 @@ def _fp16(x, bits, STOCHASTIC: tl.constexpr):
     if STOCHASTIC:
         signed = ((x.to(tl.int32, bitcast=True) & -0x80000000) | 0x38800000).to(tl.float32, bitcast=True)      # 2^-14 with x's sign
         shift = tl.where(tl.abs(x) < 6.103515625e-05, signed, 0.0)
-        carried = (x + shift).to(tl.int32, bitcast=True) + (bits >> 19).to(tl.int32, bitcast=True)
+        carried = (x + shift).to(tl.int32, bitcast=True) + (bits >> 3)
         rounded = (carried & -0x2000).to(tl.float32, bitcast=True) - shift
         x = tl.fma(x, 0.0, rounded)     # a NaN's bits may have carried into 0: x · 0 brings it back, for one instruction
     return x.to(tl.float16)
@@ -107,7 +107,7 @@ def _int8(x, bits, STOCHASTIC: tl.constexpr):
     up, scale = tl.where(amax > 1e-30, tl.div_rn(127.0, some), 0.0), tl.div_rn(some, 127.0)
     x = x * up[:, None]
     if STOCHASTIC:
-        x += (bits >> 8).to(tl.float32) * 5.9604644775390625e-08        # u, in steps of 2^-24
+        x += bits.to(tl.float32) * 1.52587890625e-05        # u, in steps of 2^-16
         codes = tl.floor(tl.minimum(tl.maximum(x, -127.0), 127.0)).to(tl.int8)
     else: codes = (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)       # beside 1.5 · 2^23 fp32 keeps integers only, in its lowest bits
     return codes, scale

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from kernel_checks import DEVICE
 
-from kernels.draws import block_keys, draw_bits, split_key
+from kernels.draws import block_keys, draw16, split_key
 
 nvfp4 = importlib.import_module("01_nvfp4")
 
@@ -16,8 +16,8 @@ nvfp4 = importlib.import_module("01_nvfp4")
 def _draw(u, start, k0, k1, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     element = start.to(tl.int64) + i
-    bits = draw_bits(block_keys(element // 16, k0, k1), (element % 16).to(tl.int32))
-    tl.store(u + i, (bits >> 8).to(tl.float32) / 16777216)
+    bits = draw16(block_keys(element // 16, k0, k1), (element % 16).to(tl.int32))
+    tl.store(u + i, bits.to(tl.float32) / 65536)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 16, 123456789123, 2**63 + 5, -7])
