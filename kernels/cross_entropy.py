@@ -45,7 +45,7 @@ def _tiles(r: int, v: int, itemsize: int) -> dict[str, int]:
     most = max(1, BUFFER_BYTES // (v * itemsize))
     chunks = triton.cdiv(r, most)
     even = triton.cdiv(triton.cdiv(r, chunks), 128) * 128 if chunks > 1 else r      # whole tiles for the products
-    return dict(chunk=max(1, min(even, most)), block=min(8192, max(64, triton.next_power_of_2(v))), num_warps=16)
+    return dict(chunk=max(1, min(even, most)), block=min(8192, max(64, triton.next_power_of_2(v))), num_warps=8)
 
 
 @triton.jit

@@ -43,7 +43,7 @@ def _tiles(width: int, gated: bool, backward: bool) -> dict:
     more warps. NOTE: fixed by the shape, not by the GPU's number of processors, so that dweight is summed in the same order everywhere."""
     block = triton.next_power_of_2(width)
     tall = max(1, 2048 // block)
-    if backward: return dict(BLOCK=block, ROWS=tall, STEPS=32, STAGES=1, num_warps=max(4, min(16, block // 512)))
+    if backward: return dict(BLOCK=block, ROWS=tall, STEPS=64, STAGES=2 if gated else 3, num_warps=max(4, min(8, block // 1024)))
     return dict(BLOCK=block, ROWS=tall, STEPS=1, STAGES=1, num_warps=max(4, min(16, block // 1024)))
 
 

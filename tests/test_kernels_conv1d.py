@@ -21,7 +21,7 @@ DOCUMENTS = {
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Several programs down time, and groups that do not end with the sequence."""
-    monkeypatch.setattr(kernel, "_tiles", lambda itemsize, backward: dict(BLOCK=8, STEPS=8, GROUP=4, num_warps=1))
+    monkeypatch.setattr(kernel, "_tiles", lambda backward: dict(BLOCK=8, STEPS=8, GROUP=4, num_warps=1))
 
 
 def inputs(t, b=2, c=6, w=4, dtype=torch.float64):
@@ -60,7 +60,7 @@ def test_values_and_gradients_are_pytorchs(t, dtype, small_tiles):
 @pytest.mark.parametrize("w", [1, 2, 6, 8])
 def test_any_number_of_taps_works(w, monkeypatch):
     """w = 6 and 8 look back over more than a whole tile: the second tile once wrote gradients of the window as well."""
-    monkeypatch.setattr(kernel, "_tiles", lambda itemsize, backward: dict(BLOCK=8, STEPS=4, GROUP=2, num_warps=1))
+    monkeypatch.setattr(kernel, "_tiles", lambda backward: dict(BLOCK=8, STEPS=4, GROUP=2, num_warps=1))
     if w != 2: compare(inputs(7, b=1, w=w))
     if w in (2, 6): compare(inputs(14, w=w), torch.tensor(DOCUMENTS["padding in all places"], device=DEVICE))
 
