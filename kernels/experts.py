@@ -67,7 +67,7 @@ def _tiles(kind: str, rows: float, n: int, k: int, itemsize: int) -> dict:
     elif rows <= 64: block = (64, 128, 64, 4, 4)
     else: block = (128, 256, 64, 8, 3)
     return dict(BLOCK_M=block[0], BLOCK_N=small(block[1], n), BLOCK_K=small(block[2], k), num_warps=block[3], num_stages=block[4],
-                half=block[0] == 128, tma=True, rows_tma=False)
+                half=block[0] == 128, extra=0, tma=True, rows_tma=False)
 
 
 class _Routing:
@@ -123,39 +123,33 @@ def _hidden_gradient(da_mn, p_m, du_qn, a_qn, dp_q, rows_m, own_m, end, block, N
 
 
 @triton.jit
-def _row_tile(a, w, out, a_qn, dp_bq, weights_q, order_q, expert, row, end, block, N, k, rows, stride_a, K: tl.constexpr,
-              GATHER: tl.constexpr, ACROSS: tl.constexpr, TMA: tl.constexpr, ROWS_TMA: tl.constexpr, EVEN: tl.constexpr, EPILOGUE: tl.constexpr,
-              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """One tile of one expert: BLOCK_M rows from `row` on (those below `end` count) times BLOCK_N columns, and what follows the product."""
-    rows_m, columns_n = row + tl.arange(0, BLOCK_M), block * BLOCK_N + tl.arange(0, BLOCK_N)
-    # surplus rows of the tile repeat the last one: they load what is in the cache anyway and are not stored
+def _row_starts(a, order_q, row, end, k, stride_a, GATHER: tl.constexpr, HEIGHT: tl.constexpr):
+    """[HEIGHT, 1]: where the rows from `row` on start. Surplus rows repeat the last one: they load what is in the cache anyway."""
+    source_m = tl.minimum(row + tl.arange(0, HEIGHT), end - 1)
+    if GATHER: source_m = tl.load(order_q + source_m).to(tl.int32) // k
+    return a + source_m[:, None].to(tl.int64) * stride_a
+
+
+@triton.jit
+def _load_rows(a, a_m1, row, start, K: tl.constexpr, ROWS_TMA: tl.constexpr, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[HEIGHT, BLOCK_K]: a step's columns of the rows."""
+    at_k = start + tl.arange(0, BLOCK_K)
+    if ROWS_TMA: a_mk = a.load([row, start])
+    elif EVEN: a_mk = tl.load(a_m1 + at_k[None, :])
+    else: a_mk = tl.load(a_m1 + at_k[None, :], mask=at_k[None, :] < K, other=0.0)
+    return a_mk
+
+
+@triton.jit
+def _finish(acc_mn, out, a_qn, dp_bq, weights_q, order_q, row, end, block, N, rows, EPILOGUE: tl.constexpr, HEIGHT: tl.constexpr,
+            BLOCK_N: tl.constexpr):
+    """What follows the product, and the store of those rows that are the expert's."""
+    rows_m, columns_n = row + tl.arange(0, HEIGHT), block * BLOCK_N + tl.arange(0, BLOCK_N)
     own_m = tl.minimum(rows_m, end - 1)
-    pair_m = own_m
-    if GATHER or EPILOGUE == 2: pair_m = tl.load(order_q + own_m).to(tl.int32)
-    source_m = own_m
-    if GATHER: source_m = pair_m // k
-    if not ROWS_TMA: a_m1 = a + source_m[:, None].to(tl.int64) * stride_a
-    first = expert.to(tl.int64) * N * K      # a stack of experts has more than 2^31 elements
-
-    acc_mn = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, K, BLOCK_K):
-        at_k = start + tl.arange(0, BLOCK_K)
-        if ROWS_TMA: a_mk = a.load([row, start])
-        elif EVEN: a_mk = tl.load(a_m1 + at_k[None, :])
-        else: a_mk = tl.load(a_m1 + at_k[None, :], mask=at_k[None, :] < K, other=0.0)
-        if ACROSS:      # weights lie [k, n]
-            if TMA: w_kn = w.load([expert * K + start, block * BLOCK_N])
-            else: w_kn = tl.load(w + first + at_k[:, None] * N + columns_n[None, :], mask=(at_k[:, None] < K) & (columns_n[None, :] < N), other=0.0)
-        else:           # weights lie [n, k]
-            if TMA: w_nk = w.load([expert * N + block * BLOCK_N, start])
-            else: w_nk = tl.load(w + first + columns_n[:, None] * K + at_k[None, :], mask=(columns_n[:, None] < N) & (at_k[None, :] < K), other=0.0)
-            w_kn = w_nk.T
-        acc_mn = _dot(a_mk, w_kn, acc_mn)
-
     if EPILOGUE == 2:
         # a tile of da beside its tile of a needs more registers than a thread has: one half of the columns after the other
-        p_m = tl.load(weights_q + pair_m).to(tl.float32)
-        left_mn, right_mn = tl.split(tl.permute(tl.reshape(acc_mn, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+        p_m = tl.load(weights_q + tl.load(order_q + own_m)).to(tl.float32)
+        left_mn, right_mn = tl.split(tl.permute(tl.reshape(acc_mn, (HEIGHT, 2, BLOCK_N // 2)), (0, 2, 1)))
         _hidden_gradient(left_mn, p_m, out, a_qn, dp_bq + (2 * block).to(tl.int64) * rows, rows_m, own_m, end, 2 * block, N, BLOCK_N // 2)
         _hidden_gradient(right_mn, p_m, out, a_qn, dp_bq + (2 * block + 1).to(tl.int64) * rows, rows_m, own_m, end, 2 * block + 1, N, BLOCK_N // 2)
     else:
@@ -167,10 +161,50 @@ def _row_tile(a, w, out, a_qn, dp_bq, weights_q, order_q, expert, row, end, bloc
         tl.store(out + own_m[:, None].to(tl.int64) * N + columns_n[None, :], _narrow(acc_mn, out.dtype.element_ty), mask=kept_mn)
 
 
+@triton.jit
+def _row_tile(a, a_half, w, out, a_qn, dp_bq, weights_q, order_q, expert, row, end, block, N, k, rows, stride_a, K: tl.constexpr,
+              GATHER: tl.constexpr, ACROSS: tl.constexpr, TMA: tl.constexpr, ROWS_TMA: tl.constexpr, EVEN: tl.constexpr, EPILOGUE: tl.constexpr,
+              BLOCK_M: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """One tile of one expert: FIRST + SECOND rows from `row` on (those below `end` count) times BLOCK_N columns, and what follows the product.
+    Two parts, because a block has a power of two of rows and 192 is none; both multiply the one block of weights that is in shared memory."""
+    columns_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_weight = expert.to(tl.int64) * N * K      # a stack of experts has more than 2^31 elements
+    # a descriptor loads blocks of one height, so there are two of them
+    if FIRST == BLOCK_M: top = a
+    else: top = a_half
+    if SECOND == BLOCK_M: bottom = a
+    else: bottom = a_half
+    top_m1, bottom_m1 = top, bottom
+    if not ROWS_TMA:
+        top_m1 = _row_starts(a, order_q, row, end, k, stride_a, GATHER, FIRST)
+        if SECOND: bottom_m1 = _row_starts(a, order_q, row + FIRST, end, k, stride_a, GATHER, SECOND)
+
+    acc_mn = tl.zeros((FIRST, BLOCK_N), tl.float32)
+    if SECOND: more_mn = tl.zeros((SECOND, BLOCK_N), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        at_k = start + tl.arange(0, BLOCK_K)
+        a_mk = _load_rows(top, top_m1, row, start, K, ROWS_TMA, EVEN, BLOCK_K)
+        if ACROSS:      # weights lie [k, n]
+            if TMA: w_kn = w.load([expert * K + start, block * BLOCK_N])
+            else: w_kn = tl.load(w + first_weight + at_k[:, None] * N + columns_n[None, :],
+                                 mask=(at_k[:, None] < K) & (columns_n[None, :] < N), other=0.0)
+        else:           # weights lie [n, k]
+            if TMA: w_nk = w.load([expert * N + block * BLOCK_N, start])
+            else: w_nk = tl.load(w + first_weight + columns_n[:, None] * K + at_k[None, :],
+                                 mask=(columns_n[:, None] < N) & (at_k[None, :] < K), other=0.0)
+            w_kn = w_nk.T
+        acc_mn = _dot(a_mk, w_kn, acc_mn)
+        if SECOND:
+            more_mn = _dot(_load_rows(bottom, bottom_m1, row + FIRST, start, K, ROWS_TMA, EVEN, BLOCK_K), w_kn, more_mn)
+
+    _finish(acc_mn, out, a_qn, dp_bq, weights_q, order_q, row, end, block, N, rows, EPILOGUE, FIRST, BLOCK_N)
+    if SECOND: _finish(more_mn, out, a_qn, dp_bq, weights_q, order_q, row + FIRST, end, block, N, rows, EPILOGUE, SECOND, BLOCK_N)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _rows_kernel(a, a_half, w, out, a_qn, dp_bq, weights_q, order_q, plan_t5, N, k, rows, stride_a, K: tl.constexpr, GATHER: tl.constexpr,
                  ACROSS: tl.constexpr, TMA: tl.constexpr, ROWS_TMA: tl.constexpr, EVEN: tl.constexpr, EPILOGUE: tl.constexpr, HALF: tl.constexpr,
-                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+                 BLOCK_M: tl.constexpr, EXTRA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """out[q, n] = row q of a (or of the token it belongs to) times the weights of q's expert."""
     blocks = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
@@ -179,14 +213,20 @@ def _rows_kernel(a, a_half, w, out, a_qn, dp_bq, weights_q, order_q, plan_t5, N,
     expert, start, end, first_tile, tiles = tl.load(plan), tl.load(plan + 1), tl.load(plan + 2), tl.load(plan + 3), tl.load(plan + 4)
     local = pid - first_tile * blocks
     if local >= tiles * blocks: return       # the bound on tiles is rarely met
-    row, block = start + (local % tiles) * BLOCK_M, local // tiles
+    row, block = start + (local % tiles) * (BLOCK_M + EXTRA), local // tiles
 
     if HALF and end - row <= BLOCK_M // 2:
-        _row_tile(a_half, w, out, a_qn, dp_bq, weights_q, order_q, expert, row, end, block, N, k, rows, stride_a, K, GATHER, ACROSS, TMA, ROWS_TMA,
-                  EVEN, EPILOGUE, BLOCK_M // 2, BLOCK_N, BLOCK_K)
+        _row_tile(a, a_half, w, out, a_qn, dp_bq, weights_q, order_q, expert, row, end, block, N, k, rows, stride_a, K, GATHER, ACROSS, TMA,
+                  ROWS_TMA, EVEN, EPILOGUE, BLOCK_M, BLOCK_M // 2, 0, BLOCK_N, BLOCK_K)
+    elif EXTRA == 0 or end - row <= BLOCK_M:
+        _row_tile(a, a_half, w, out, a_qn, dp_bq, weights_q, order_q, expert, row, end, block, N, k, rows, stride_a, K, GATHER, ACROSS, TMA,
+                  ROWS_TMA, EVEN, EPILOGUE, BLOCK_M, BLOCK_M, 0, BLOCK_N, BLOCK_K)
+    elif EXTRA <= BLOCK_M // 2 or end - row <= BLOCK_M + BLOCK_M // 2:
+        _row_tile(a, a_half, w, out, a_qn, dp_bq, weights_q, order_q, expert, row, end, block, N, k, rows, stride_a, K, GATHER, ACROSS, TMA,
+                  ROWS_TMA, EVEN, EPILOGUE, BLOCK_M, BLOCK_M, BLOCK_M // 2, BLOCK_N, BLOCK_K)
     else:
-        _row_tile(a, w, out, a_qn, dp_bq, weights_q, order_q, expert, row, end, block, N, k, rows, stride_a, K, GATHER, ACROSS, TMA, ROWS_TMA,
-                  EVEN, EPILOGUE, BLOCK_M, BLOCK_N, BLOCK_K)
+        _row_tile(a, a_half, w, out, a_qn, dp_bq, weights_q, order_q, expert, row, end, block, N, k, rows, stride_a, K, GATHER, ACROSS, TMA,
+                  ROWS_TMA, EVEN, EPILOGUE, BLOCK_M, BLOCK_M, BLOCK_M, BLOCK_N, BLOCK_K)
 
 
 @triton.jit
@@ -269,12 +309,13 @@ def _rows_product(kind: str, a: Tensor, w: Tensor, routing: _Routing, out_dtype:
     # of a, which do not help against an infinity: such shapes take masked loads
     moved = _descriptor(w, depth if across else width, width if across else depth, t["tma"] and not (across and k % depth))
 
-    plan_t5 = routing.plan(height)
+    plan_t5 = routing.plan(height + t["extra"])
     epilogue = {"up": _UP, "da": _DA}.get(kind, _PLAIN)
     _rows_kernel[(len(plan_t5) * blocks,)](
         a if full is None else full, a if full is None else half, w if moved is None else moved, out_qn, square_qn, dp_bq, weights_rk,
         routing.order_q, plan_t5, n, routing.k, routing.rows, a.stride(0), K=k, GATHER=gather, ACROSS=across, TMA=moved is not None,
-        ROWS_TMA=full is not None, EVEN=k % depth == 0, EPILOGUE=epilogue, HALF=t["half"], BLOCK_M=height, BLOCK_N=width, BLOCK_K=depth,
+        ROWS_TMA=full is not None, EVEN=k % depth == 0, EPILOGUE=epilogue, HALF=t["half"], BLOCK_M=height, EXTRA=t["extra"], BLOCK_N=width,
+        BLOCK_K=depth,
         num_warps=t["num_warps"], num_stages=t["num_stages"])
     return out_qn, None if dp_bq is None else dp_bq.sum(0)
 

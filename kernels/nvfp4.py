@@ -110,17 +110,17 @@ def _nearest(m):
 
 
 @triton.jit
-def _stochastic(m, draw):
-    """Minus the position of the magnitude: up when draw / 2^24 is below the distance to the lower neighbour; in integers of 2^-24 of a step.
+def _stochastic(m, draw, NATIVE: tl.constexpr):
+    """The position of the magnitude in bits 22 to 24: up when draw / 2^16 is below the distance to the lower neighbour.
 
-    From 1 on, the grid is a float with one bit of mantissa, so the float's own bits are the position with a fraction: only shifted.
-    Below 1 it is linear, 2m. Both are right at 1, and each is the larger one where it does not belong: take the smaller.
-    Negated throughout, because floor(draw - position) takes two instructions less than ceil(position - draw).
+    E2M1 is a tiny float, and scaled by 2^-126 an fp32 has the same shape: a grid of equal steps (subnormal) up to 1, steps that double beyond.
+    So the fp32's own bits are the position with 22 bits of fraction, and adding a random number below one step rounds, whatever the magnitude.
+    What lies between two numbers of the subnormal grid must go up there, or a value just above a draw would look like that draw.
     """
     m = tl.minimum(m, 6.0)
-    linear = tl.floor(m * -33554432.0).to(tl.int32)                        # 2^25; what floor adds is below one draw and only tells < from =
-    floating = tl.maximum(m, 1.0).to(tl.int32, bitcast=True) * -4 - 0x4000000          # -4 * (bits - bits of 1) - 2 * 2^24, modulo 2^32
-    return (tl.maximum(linear, floating) + draw) >> 24
+    if NATIVE: bits = tl.inline_asm_elementwise("mul.rp.f32 $0, $1, 0f00800000;", "=f,f", [m], dtype=tl.float32, is_pure=True, pack=1).to(tl.int32, bitcast=True)
+    else: bits = tl.where(m < 1, tl.ceil(m * 8388608.0).to(tl.int32), m.to(tl.int32, bitcast=True) - (126 << 23))
+    return bits + (0x3FFFFF - (draw << 6))
 
 
 @triton.jit
@@ -141,9 +141,9 @@ def _words(y, block, k0, k1, R: tl.constexpr, C: tl.constexpr, STOCHASTIC: tl.co
         return _native_words(y, R, C)
     if STOCHASTIC:
         lane = tl.arange(0, 16)[None, None, :]
-        draw = draw16(block_keys(block, k0, k1)[:, :, None], lane) << 8
-        minus = _stochastic(tl.abs(y), draw) + (y.to(tl.int32, bitcast=True) >> 31) * 8
-        return -tl.sum(tl.reshape(minus, [R, C // 16, 2, 8]) << (4 * tl.arange(0, 8))[None, None, None, :], axis=3)
+        bits = _stochastic(tl.abs(y), draw16(block_keys(block, k0, k1)[:, :, None], lane), ROUND_UP)
+        code = ((bits >> 22) & 7) + (y.to(tl.uint32, bitcast=True) >> 31).to(tl.int32) * 8
+        return tl.sum(tl.reshape(code, [R, C // 16, 2, 8]) << (4 * tl.arange(0, 8))[None, None, None, :], axis=3)
     code = _nearest(tl.abs(y)) + (y.to(tl.uint32, bitcast=True) >> 31).to(tl.int32) * 8
     # what _nearest adds to the position, eight times, each four places further left, is 0x3F400000 modulo 2^32
     return tl.sum(tl.reshape(code, [R, C // 16, 2, 8]) << (4 * tl.arange(0, 8))[None, None, None, :], axis=3) - 0x3F400000

@@ -87,3 +87,41 @@ def test_a_quantised_tensor_has_the_cpus_bits():
     for kwargs in (dict(), dict(block=(16, 16)), dict(rounding="stochastic", seed=7), dict(scale_rule="four_over_six"), dict(format="mxfp4")):
         a, b = nvfp4.quantize(x.cuda(), **kwargs), nvfp4.quantize(x, **kwargs)
         assert torch.equal(a.codes.cpu(), b.codes) and torch.equal(a.block_scale.cpu().view(torch.uint8), b.block_scale.view(torch.uint8))
+
+
+TWINS = dict(nvfp4=("quantize", "quantize_rows", "quantize_columns", "quantize_pair", "dequantize", "transpose_codes"),
+             nvfp4_gemm=("matmul", "matmul_w4a16"), ssd=("ssd_chunked",), conv1d=("causal_conv1d",), norm=("rmsnorm", "gated_rmsnorm"),
+             state_update=("ssd_step", "quantize_state"), experts=("experts_grouped",), cross_entropy=("linear_cross_entropy",))
+
+
+def test_a_model_on_a_gpu_runs_every_twin_by_default(monkeypatch):
+    """Training in NVFP4, then generation with a 16-bit state: nothing asks for a kernel, and each one runs. An import that fails would be silent."""
+    found, find = set(), nvfp4.find_twin
+    def note(module, name, impl, x):
+        twin = find(module, name, impl, x)
+        if twin: found.add((module, name))
+        return twin
+    monkeypatch.setattr(nvfp4, "find_twin", note)
+    step("cuda", nvfp4.NVFP4Recipe(), True)
+    model = model04.Nemotron(TINY).cuda()
+    model04.generate(model, [[1, 20, 30]], model04.SamplingParams(max_tokens=2, temperature=0.0))
+    mamba.quantize_state(torch.randn(1, 2, 16, 32, device="cuda"), "fp16")
+    q = nvfp4.quantize(torch.randn(32, 64, device="cuda"), (16, 16))
+    nvfp4.matmul_w4a16(torch.randn(3, 64, device="cuda"), q), q.T.dequantize()
+    assert found == {(module, name) for module, names in TWINS.items() for name in names}
+    with nvfp4.plain_pytorch(): assert find("norm", "rmsnorm", "auto", torch.ones(1, device="cuda")) is None
+
+
+def test_offsets_beyond_two_to_the_31_are_right():
+    """A stack of experts has more than 2^31 elements, and an offset in 32 bits would read and write elsewhere: the last expert tells."""
+    e, f, l = 520, 4096, 1024
+    up, down = (torch.empty(shape, device="cuda", dtype=torch.bfloat16).normal_(std=0.03) for shape in ((e, f, l), (e, l, f)))
+    x, chosen = torch.randn(20, l, device="cuda", dtype=torch.bfloat16), torch.full((20, 2), e - 1, device="cuda")
+    chosen[:, 1], weights = torch.arange(20, device="cuda") * 26, torch.rand(20, 2, device="cuda")
+    y, exact = moe.experts_grouped(x, weights, chosen, up, down), moe.experts_loop(x.float(), weights, chosen, up.float(), down.float())
+    assert ((y.float() - exact).norm() / exact.norm()).item() < 0.01
+    del exact, down
+    q, last = nvfp4.quantize(up), nvfp4.quantize(up[-1])
+    assert torch.equal(q.codes[-1], last.codes) and torch.equal(q.block_scale[-1].view(torch.uint8), last.block_scale.view(torch.uint8))
+    served = nvfp4.matmul_w4a16(x, q, torch.full((e,), 20, device="cuda", dtype=torch.int32) * (torch.arange(e, device="cuda") == e - 1))
+    assert ((served.float() - x.float() @ last.dequantize().T).norm() / served.float().norm()).item() < 0.01
