@@ -11,16 +11,26 @@ The tiling of a grouped product, here with 2, 0 and 1 row tiles in experts 0, 1 
 
               x (rows sorted by expert)        weights of the row's expert, columns
                                                   block 0   block 1   block 2
-    expert 0  ┌──────────────┐ rows   0..127   →     0         2         4      rows fastest: programs 0 and 1 run side by side and
-              │              │ rows 128..175   →     1         3         5      read the same weights, once from memory, then from L2
+    expert 0  ┌──────────────┐ rows   0..191   →     0         2         4      rows fastest: programs 0 and 1 run side by side and
+              │              │ rows 192..239   →     1         3         5      read the same weights, once from memory, then from L2
     expert 1  ├──────────────┤ no rows
-    expert 2  ├──────────────┤ rows 176..299   →     6         7         8      the last tile of an expert is half as high when that is enough
+    expert 2  ├──────────────┤ rows 240..415   →     6         7         8      a tile has 64, 128 or 128 + 64 rows, as many as are left
               └──────────────┘
 
     _rows_kernel    rows × weights of their expert: up (stores relu²), down, and in the backward pass dy · Down and du · Up, which read the same
-                    weights along the other dimension. x and dy are gathered while loading: their k copies are never written.
+                    weights along the other dimension. A tile of 192 rows is two products with one block of weights in shared memory: nearly every
+                    expert's weights pass the L2 once. Rows come by descriptor, for which those of x and dy are written out in order first.
     _sum_kernel     y[r] = sum over k of p · out, in the order of the choices: fp32, one program a token, so two runs agree bit for bit.
-    _weight_kernel  dW[e] = sum over the expert's rows of leftᵀ right: a short sum (176 rows) into a large matrix; zeros for an idle expert.
+    _weight_kernel  dW[e] = sum over the expert's rows of token · hidden: a short sum (176 rows) into a large matrix; zeros for an idle expert.
+
+A tile of dW is two or three steps of products, too few to hide a load, so the loop runs over tiles instead. A program keeps a panel, all of an
+expert's tokens times 128 of their columns, in shared memory, and moves along the hidden layer; the next tile's rows arrive while this one is
+multiplied and the last one is stored:
+
+                  hidden f  →  tile 0   tile 1   tile 2  ...  one product each, no loop over rows
+    panel: 176 tokens        ┌────────┬────────┬────────┐
+    × 128 columns of l    →  │ stored │multiply│ loading│
+                             └────────┴────────┴────────┘
 
 Backward. With a = relu(Up x)², h = sqrt(a), dy = dL/dy, all of one row:
     da = Downᵀ dy      dp = a · da      du = 2 p h da      dx = Upᵀ du      dDown = sum of (p dy) aᵀ      dUp = sum of du xᵀ
@@ -28,8 +38,10 @@ Only a is kept, rounded once; h comes back as its root, with half of a's relativ
 
 What must move for 4096 tokens at Ultra's sizes (22 of 512 experts, l 2048, f 5120, bf16): 90,112 rows, 176 an expert.
     up      1.89 TFLOP    weights 10.7 GB, x from L2, a 0.92 GB written        down   the same work, a read, 0.37 GB written
-    sum     0.37 GB read                                                       backward   4 × 1.89 TFLOP, weights read once more and dW written once
-    A row tile of 128 wastes 31 % of the work at 176 rows an expert (256 computed); with a half tile at the end 8 % (192 computed).
+    backward   4 × 1.89 TFLOP, weights read once more and dW written once
+    gather  0.37 GB written, twice                                             sum    0.37 GB read
+    Through the L2, in tiles of 192 × 256: weights 10.7 GB, rows n / 256 times 0.37 (up, da) or 0.92 GB; and dW, in tiles of 128 × 128: 15 GB
+    of hidden rows and 10.7 GB written. 176 rows an expert are computed as 192, 8 % for nothing.
 For 64 tokens (1,408 rows on about 480 experts) only the weights count: 20 GB, each matrix streamed once past a handful of rows.
 
 Left to the stage: training in NVFP4 (`recipe`; its products have kernels of their own) and float64, in which tests compare algorithms.
@@ -51,30 +63,38 @@ _UP, _PLAIN, _DA = 0, 1, 2      # what _rows_kernel does with a finished tile: s
 
 
 def _tiles(kind: str, rows: float, n: int, k: int, itemsize: int) -> dict:
-    """Block sizes and launch parameters of a product ("up", "down", "da", "dx", "wgrad") or a row kernel ("sum", "scale").
-    rows: mean rows an expert; n, k: output columns and contraction (m rows of the weight gradient for "wgrad").
+    """Block sizes and launch parameters of a product ("up", "down", "da", "dx", "wgrad") or a row kernel ("sum", "gather").
+    rows: mean rows an expert; n, k: output columns and contraction; for "wgrad" the columns of tokens and hidden layer.
 
-    half: the last row tile of an expert may be half as high. tma: weights, or the gradient of the weights, move by tensor descriptor.
-    rows_tma: the rows too, for which a gather is first written out.
+    half: the last row tile of an expert may be half as high. extra: rows of a second part, 0, BLOCK_M / 2 or BLOCK_M. tma: weights, or the gradient
+    of the weights, move by tensor descriptor. rows_tma: the rows too, for which a gather is first written out. panel: the most blocks of BLOCK_K rows
+    that a program of "wgrad" keeps (0 to 4); experts with more rows take a loop over them.
     """
     small = lambda block, width: min(block, max(16, triton.next_power_of_2(width)))
-    if kind in ("sum", "scale"): return dict(BLOCK=small(2048, n), num_warps=4)
+    if kind in ("sum", "gather"): return dict(BLOCK=small(1024, n), num_warps=2)
     if kind == "wgrad":
-        block = (64, 64, 32, 4, 2) if itemsize == 4 else (128, 256, 64, 8, 3)
-        return dict(BLOCK_M=small(block[0], k), BLOCK_N=small(block[1], n), BLOCK_K=block[2], num_warps=block[3], num_stages=block[4], tma=True)
+        if itemsize == 4: block = (64, 64, 32, 0, 4, 2)
+        elif rows <= 224: block = (128, 128, 64, 4, 8, 3)
+        else: block = (128, 256, 64, 0, 8, 3)                # most experts have more rows than a panel holds
+        return dict(BLOCK_L=small(block[0], n), BLOCK_F=small(block[1], k), BLOCK_K=block[2], panel=block[3], num_warps=block[4], num_stages=block[5],
+                    tma=True)
     if itemsize == 4: block = (32, 64, 32, 4, 2)             # fp32 multiplies without tensor cores
     elif rows <= 12: block = (16, 128, 128, 4, 3)            # decode: nothing but streaming weights
     elif rows <= 64: block = (64, 128, 64, 4, 4)
-    else: block = (128, 256, 64, 8, 3)
+    elif kind == "down": block = (128, 256, 32, 8, 7)
+    else: block = (128, 256, 64, 8, 3 if kind == "up" else 4)
+    many = block[0] == 128
     return dict(BLOCK_M=block[0], BLOCK_N=small(block[1], n), BLOCK_K=small(block[2], k), num_warps=block[3], num_stages=block[4],
-                half=block[0] == 128, extra=0, tma=True, rows_tma=False)
+                half=many, extra=64 if many else 0, tma=True, rows_tma=many)
 
 
 class _Routing:
-    """Sorted rows: order_q (sorted place -> pair r·k + slot), inverse_q, offsets_e (where each expert's rows end), and tile tables by tile height."""
+    """Sorted rows: order_q (sorted place -> pair r·k + slot), inverse_q, token_q (sorted place -> r), offsets_e (where each expert's rows end), and
+    tile tables by tile height."""
     def __init__(self, experts_rk: Tensor, experts: int):
         moe = importlib.import_module("03_latentmoe")
         self.order_q, self.inverse_q, self.offsets_e = moe.sort_by_expert(experts_rk, experts)
+        self.token_q = torch.div(self.order_q, experts_rk.shape[1], rounding_mode="floor").int()
         self.experts, self.k, self.rows, self.plans = experts, experts_rk.shape[1], experts_rk.numel(), {}
 
     def plan(self, height: int) -> Tensor:
@@ -123,10 +143,10 @@ def _hidden_gradient(da_mn, p_m, du_qn, a_qn, dp_q, rows_m, own_m, end, block, N
 
 
 @triton.jit
-def _row_starts(a, order_q, row, end, k, stride_a, GATHER: tl.constexpr, HEIGHT: tl.constexpr):
+def _row_starts(a, token_q, row, end, stride_a, GATHER: tl.constexpr, HEIGHT: tl.constexpr):
     """[HEIGHT, 1]: where the rows from `row` on start. Surplus rows repeat the last one: they load what is in the cache anyway."""
     source_m = tl.minimum(row + tl.arange(0, HEIGHT), end - 1)
-    if GATHER: source_m = tl.load(order_q + source_m).to(tl.int32) // k
+    if GATHER: source_m = tl.load(token_q + source_m)
     return a + source_m[:, None].to(tl.int64) * stride_a
 
 
@@ -162,7 +182,7 @@ def _finish(acc_mn, out, a_qn, dp_bq, weights_q, order_q, row, end, block, N, ro
 
 
 @triton.jit
-def _row_tile(a, a_half, w, out, a_qn, dp_bq, weights_q, order_q, expert, row, end, block, N, k, rows, stride_a, K: tl.constexpr,
+def _row_tile(a, a_half, w, out, a_qn, dp_bq, weights_q, order_q, token_q, expert, row, end, block, N, rows, stride_a, K: tl.constexpr,
               GATHER: tl.constexpr, ACROSS: tl.constexpr, TMA: tl.constexpr, ROWS_TMA: tl.constexpr, EVEN: tl.constexpr, EPILOGUE: tl.constexpr,
               BLOCK_M: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """One tile of one expert: FIRST + SECOND rows from `row` on (those below `end` count) times BLOCK_N columns, and what follows the product.
@@ -176,8 +196,8 @@ def _row_tile(a, a_half, w, out, a_qn, dp_bq, weights_q, order_q, expert, row, e
     else: bottom = a_half
     top_m1, bottom_m1 = top, bottom
     if not ROWS_TMA:
-        top_m1 = _row_starts(a, order_q, row, end, k, stride_a, GATHER, FIRST)
-        if SECOND: bottom_m1 = _row_starts(a, order_q, row + FIRST, end, k, stride_a, GATHER, SECOND)
+        top_m1 = _row_starts(a, token_q, row, end, stride_a, GATHER, FIRST)
+        if SECOND: bottom_m1 = _row_starts(a, token_q, row + FIRST, end, stride_a, GATHER, SECOND)
 
     acc_mn = tl.zeros((FIRST, BLOCK_N), tl.float32)
     if SECOND: more_mn = tl.zeros((SECOND, BLOCK_N), tl.float32)
@@ -197,12 +217,13 @@ def _row_tile(a, a_half, w, out, a_qn, dp_bq, weights_q, order_q, expert, row, e
         if SECOND:
             more_mn = _dot(_load_rows(bottom, bottom_m1, row + FIRST, start, K, ROWS_TMA, EVEN, BLOCK_K), w_kn, more_mn)
 
-    _finish(acc_mn, out, a_qn, dp_bq, weights_q, order_q, row, end, block, N, rows, EPILOGUE, FIRST, BLOCK_N)
+    # the smaller part first: it frees its registers for what the larger one needs beside its sums
     if SECOND: _finish(more_mn, out, a_qn, dp_bq, weights_q, order_q, row + FIRST, end, block, N, rows, EPILOGUE, SECOND, BLOCK_N)
+    _finish(acc_mn, out, a_qn, dp_bq, weights_q, order_q, row, end, block, N, rows, EPILOGUE, FIRST, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _rows_kernel(a, a_half, w, out, a_qn, dp_bq, weights_q, order_q, plan_t5, N, k, rows, stride_a, K: tl.constexpr, GATHER: tl.constexpr,
+def _rows_kernel(a, a_half, w, out, a_qn, dp_bq, weights_q, order_q, token_q, plan_t5, N, rows, stride_a, K: tl.constexpr, GATHER: tl.constexpr,
                  ACROSS: tl.constexpr, TMA: tl.constexpr, ROWS_TMA: tl.constexpr, EVEN: tl.constexpr, EPILOGUE: tl.constexpr, HALF: tl.constexpr,
                  BLOCK_M: tl.constexpr, EXTRA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """out[q, n] = row q of a (or of the token it belongs to) times the weights of q's expert."""
@@ -216,16 +237,16 @@ def _rows_kernel(a, a_half, w, out, a_qn, dp_bq, weights_q, order_q, plan_t5, N,
     row, block = start + (local % tiles) * (BLOCK_M + EXTRA), local // tiles
 
     if HALF and end - row <= BLOCK_M // 2:
-        _row_tile(a, a_half, w, out, a_qn, dp_bq, weights_q, order_q, expert, row, end, block, N, k, rows, stride_a, K, GATHER, ACROSS, TMA,
+        _row_tile(a, a_half, w, out, a_qn, dp_bq, weights_q, order_q, token_q, expert, row, end, block, N, rows, stride_a, K, GATHER, ACROSS, TMA,
                   ROWS_TMA, EVEN, EPILOGUE, BLOCK_M, BLOCK_M // 2, 0, BLOCK_N, BLOCK_K)
     elif EXTRA == 0 or end - row <= BLOCK_M:
-        _row_tile(a, a_half, w, out, a_qn, dp_bq, weights_q, order_q, expert, row, end, block, N, k, rows, stride_a, K, GATHER, ACROSS, TMA,
+        _row_tile(a, a_half, w, out, a_qn, dp_bq, weights_q, order_q, token_q, expert, row, end, block, N, rows, stride_a, K, GATHER, ACROSS, TMA,
                   ROWS_TMA, EVEN, EPILOGUE, BLOCK_M, BLOCK_M, 0, BLOCK_N, BLOCK_K)
     elif EXTRA <= BLOCK_M // 2 or end - row <= BLOCK_M + BLOCK_M // 2:
-        _row_tile(a, a_half, w, out, a_qn, dp_bq, weights_q, order_q, expert, row, end, block, N, k, rows, stride_a, K, GATHER, ACROSS, TMA,
+        _row_tile(a, a_half, w, out, a_qn, dp_bq, weights_q, order_q, token_q, expert, row, end, block, N, rows, stride_a, K, GATHER, ACROSS, TMA,
                   ROWS_TMA, EVEN, EPILOGUE, BLOCK_M, BLOCK_M, BLOCK_M // 2, BLOCK_N, BLOCK_K)
     else:
-        _row_tile(a, a_half, w, out, a_qn, dp_bq, weights_q, order_q, expert, row, end, block, N, k, rows, stride_a, K, GATHER, ACROSS, TMA,
+        _row_tile(a, a_half, w, out, a_qn, dp_bq, weights_q, order_q, token_q, expert, row, end, block, N, rows, stride_a, K, GATHER, ACROSS, TMA,
                   ROWS_TMA, EVEN, EPILOGUE, BLOCK_M, BLOCK_M, BLOCK_M, BLOCK_N, BLOCK_K)
 
 
@@ -243,41 +264,104 @@ def _sum_kernel(rows_ql, inverse_q, weights_q, out_rl, L, WEIGHTED: tl.constexpr
 
 
 @triton.jit
-def _scale_kernel(x_rl, order_q, weights_q, out_ql, L, k, stride_x, BLOCK: tl.constexpr):
-    """out[q] = weight of the pair at sorted place q times the row of its token."""
+def _gather_kernel(x_rl, token_q, out_ql, L, stride_x, BLOCK: tl.constexpr):
+    """out[q] = x's row of the token at sorted place q."""
     q, at_l = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    pair = tl.load(order_q + q)
-    x_l = tl.load(x_rl + pair // k * stride_x + at_l, mask=at_l < L, other=0.0).to(tl.float32) * tl.load(weights_q + pair).to(tl.float32)
-    tl.store(out_ql + q * L + at_l, _narrow(x_l, out_ql.dtype.element_ty), mask=at_l < L)
+    tl.store(out_ql + q * L + at_l, tl.load(x_rl + tl.load(token_q + q).to(tl.int64) * stride_x + at_l, mask=at_l < L), mask=at_l < L)
 
 
 @triton.jit
-def _weight_kernel(left_qm, right, order_q, offsets_e, out, M, N, k, stride_right, GATHER: tl.constexpr, TMA: tl.constexpr,
-                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """out[e, m, n] = sum over the rows q of expert e of left[q, m] · right[q, n]; right may be gathered from the rows of its tokens."""
-    blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    pid = tl.program_id(0)
-    expert, tile = pid // (blocks_m * blocks_n), pid % (blocks_m * blocks_n)
-    m, n = tile % blocks_m * BLOCK_M, tile // blocks_m * BLOCK_N
-    at_m, at_n = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
-    start, end = tl.load(offsets_e + expert - 1, mask=expert > 0, other=0), tl.load(offsets_e + expert)
+def _token_block(tokens_rl, token_q, order_q, weights_q, at_l, row, end, L, stride_tokens, WEIGHTED: tl.constexpr, DEPTH: tl.constexpr):
+    """[DEPTH, BLOCK_L]: the tokens of the rows from `row` on, times their weights; zeros past the expert's end."""
+    at_k = row + tl.arange(0, DEPTH)
+    own_k = at_k < end
+    token_k = tl.load(token_q + at_k, mask=own_k, other=0).to(tl.int64)
+    rows_kl = tl.load(tokens_rl + (token_k * stride_tokens)[:, None] + at_l[None, :], mask=own_k[:, None] & (at_l[None, :] < L), other=0.0)
+    if WEIGHTED:
+        p_k = tl.load(weights_q + tl.load(order_q + at_k, mask=own_k, other=0), mask=own_k, other=0.0).to(tl.float32)
+        rows_kl = _narrow(rows_kl.to(tl.float32) * p_k[:, None], rows_kl.dtype)
+    return rows_kl
 
-    acc_mn = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for row in range(start, end, BLOCK_K):
-        at_k = row + tl.arange(0, BLOCK_K)
-        own_k = at_k < end
-        source_k = at_k
-        if GATHER: source_k = tl.load(order_q + at_k, mask=own_k, other=0).to(tl.int32) // k
-        # PITFALL: both sides must be zero past the expert's end. A zero on one side only lets a neighbour's infinity through as 0 · inf = NaN.
-        left_k1, right_k1 = left_qm + at_k[:, None].to(tl.int64) * M, right + source_k[:, None].to(tl.int64) * stride_right
-        left_km = tl.load(left_k1 + at_m[None, :], mask=own_k[:, None] & (at_m[None, :] < M), other=0.0)
-        right_kn = tl.load(right_k1 + at_n[None, :], mask=own_k[:, None] & (at_n[None, :] < N), other=0.0)
-        acc_mn = _dot(left_km.T, right_kn, acc_mn)
 
-    if TMA: out.store([expert * M + m, n], _narrow(acc_mn, out.dtype))
+@triton.jit
+def _product(tokens_kl, hidden_kf, acc, TOKENS_FIRST: tl.constexpr):
+    """acc + tokensᵀ · hidden, [l, f], or its transpose."""
+    if TOKENS_FIRST: acc = _dot(tokens_kl.T, hidden_kf, acc)
+    else: acc = _dot(hidden_kf.T, tokens_kl, acc)
+    return acc
+
+
+@triton.jit
+def _store_tile(acc, out, expert, l, f, L, F, TOKENS_FIRST: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """One tile of an expert's gradient, [l, f] or [f, l]."""
+    m, n, M, N = (l, f, L, F) if TOKENS_FIRST else (f, l, F, L)
+    if TMA: out.store([expert * M + m, n], _narrow(acc, out.dtype))
     else:
+        at_m, at_n = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
         at_mn = expert.to(tl.int64) * M * N + at_m[:, None].to(tl.int64) * N + at_n[None, :]
-        tl.store(out + at_mn, _narrow(acc_mn, out.dtype.element_ty), mask=(at_m[:, None] < M) & (at_n[None, :] < N))
+        tl.store(out + at_mn, _narrow(acc, out.dtype.element_ty), mask=(at_m[:, None] < M) & (at_n[None, :] < N))
+
+
+@triton.jit
+def _weight_panel(tokens_rl, hidden_qf, token_q, order_q, weights_q, out, expert, l, start, end, stride_tokens, L: tl.constexpr,
+                  F: tl.constexpr, WEIGHTED: tl.constexpr, TOKENS_FIRST: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
+                  BLOCK_L: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FIRST: tl.constexpr,
+                  SECOND: tl.constexpr, STAGES: tl.constexpr):
+    """BLOCK_L tokens' columns against all of the hidden layer's, for an expert with at most FIRST + SECOND rows, and at least one."""
+    at_l = l + tl.arange(0, BLOCK_L)
+    tokens_kl = _token_block(tokens_rl, token_q, order_q, weights_q, at_l, start, end, L, stride_tokens, WEIGHTED, FIRST)
+    # rows past the end repeat the expert's last one and meet zeros. PITFALL: a neighbour's row there could hold an infinity, and 0 · inf is NaN
+    hidden_k1 = hidden_qf + tl.minimum(start + tl.arange(0, FIRST), end - 1)[:, None].to(tl.int64) * F
+    if SECOND:
+        more_tokens_kl = _token_block(tokens_rl, token_q, order_q, weights_q, at_l, start + FIRST, end, L, stride_tokens, WEIGHTED, SECOND)
+        more_hidden_k1 = hidden_qf + tl.minimum(start + FIRST + tl.arange(0, SECOND), end - 1)[:, None].to(tl.int64) * F
+    for f in tl.range(0, F, BLOCK_F, num_stages=STAGES):
+        at_f = f + tl.arange(0, BLOCK_F)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if EVEN: hidden_kf = tl.load(hidden_k1 + at_f[None, :])
+        else: hidden_kf = tl.load(hidden_k1 + at_f[None, :], mask=at_f[None, :] < F, other=0.0)
+        acc = _product(tokens_kl, hidden_kf, acc, TOKENS_FIRST)
+        if SECOND:
+            if EVEN: more_hidden_kf = tl.load(more_hidden_k1 + at_f[None, :])
+            else: more_hidden_kf = tl.load(more_hidden_k1 + at_f[None, :], mask=at_f[None, :] < F, other=0.0)
+            acc = _product(more_tokens_kl, more_hidden_kf, acc, TOKENS_FIRST)
+        _store_tile(acc, out, expert, l, f, L, F, TOKENS_FIRST, TMA, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def _weight_kernel(tokens_rl, hidden_qf, token_q, order_q, weights_q, offsets_e, out, stride_tokens, L: tl.constexpr, F: tl.constexpr,
+                   WEIGHTED: tl.constexpr, TOKENS_FIRST: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PANEL: tl.constexpr,
+                   BLOCK_L: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                   STAGES: tl.constexpr):
+    """out[e, l, f] (TOKENS_FIRST) or out[e, f, l] = sum over the rows q of expert e of tokens[q's token, l] · hidden[q, f]."""
+    blocks, pid = tl.cdiv(L, BLOCK_L), tl.program_id(0)
+    expert, l = pid // blocks, pid % blocks * BLOCK_L
+    start, end = tl.load(offsets_e + expert - 1, mask=expert > 0, other=0), tl.load(offsets_e + expert)
+    count = end - start
+    if PANEL >= 1 and (count > 0) & (count <= BLOCK_K):
+        _weight_panel(tokens_rl, hidden_qf, token_q, order_q, weights_q, out, expert, l, start, end, stride_tokens, L, F, WEIGHTED, TOKENS_FIRST,
+                      TMA, EVEN, BLOCK_L, BLOCK_F, BLOCK_M, BLOCK_N, BLOCK_K, 0, STAGES)
+    elif PANEL >= 2 and (count > 0) & (count <= 2 * BLOCK_K):
+        _weight_panel(tokens_rl, hidden_qf, token_q, order_q, weights_q, out, expert, l, start, end, stride_tokens, L, F, WEIGHTED, TOKENS_FIRST,
+                      TMA, EVEN, BLOCK_L, BLOCK_F, BLOCK_M, BLOCK_N, 2 * BLOCK_K, 0, STAGES)
+    elif PANEL >= 3 and (count > 0) & (count <= 3 * BLOCK_K):
+        _weight_panel(tokens_rl, hidden_qf, token_q, order_q, weights_q, out, expert, l, start, end, stride_tokens, L, F, WEIGHTED, TOKENS_FIRST,
+                      TMA, EVEN, BLOCK_L, BLOCK_F, BLOCK_M, BLOCK_N, 2 * BLOCK_K, BLOCK_K, STAGES)
+    elif PANEL >= 4 and (count > 0) & (count <= 4 * BLOCK_K):
+        _weight_panel(tokens_rl, hidden_qf, token_q, order_q, weights_q, out, expert, l, start, end, stride_tokens, L, F, WEIGHTED, TOKENS_FIRST,
+                      TMA, EVEN, BLOCK_L, BLOCK_F, BLOCK_M, BLOCK_N, 2 * BLOCK_K, 2 * BLOCK_K, max(STAGES - 1, 2))
+    else:      # no rows, or more than a panel holds: block by block, for every tile anew
+        at_l = l + tl.arange(0, BLOCK_L)
+        for f in range(0, F, BLOCK_F):
+            at_f = f + tl.arange(0, BLOCK_F)
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for row in range(start, end, BLOCK_K):
+                at_k = row + tl.arange(0, BLOCK_K)
+                tokens_kl = _token_block(tokens_rl, token_q, order_q, weights_q, at_l, row, end, L, stride_tokens, WEIGHTED, BLOCK_K)
+                hidden_kf = tl.load(hidden_qf + at_k[:, None].to(tl.int64) * F + at_f[None, :], mask=(at_k[:, None] < end) & (at_f[None, :] < F),
+                                    other=0.0)
+                acc = _product(tokens_kl, hidden_kf, acc, TOKENS_FIRST)
+            _store_tile(acc, out, expert, l, f, L, F, TOKENS_FIRST, TMA, BLOCK_M, BLOCK_N)
 
 
 def _descriptor(x: Tensor, rows: int, columns: int, wanted: bool = True) -> TensorDescriptor | None:
@@ -285,6 +369,12 @@ def _descriptor(x: Tensor, rows: int, columns: int, wanted: bool = True) -> Tens
     flat = x.view(-1, x.shape[-1])
     if not wanted or flat.shape[0] == 0 or flat.data_ptr() % 16 or flat.shape[1] * flat.element_size() % 16: return None
     return TensorDescriptor.from_tensor(flat, [rows, columns])
+
+
+def _blocks_end_with_the_expert(m: int, height: int) -> bool:
+    """Whether blocks of `height` rows fill an expert's m rows of a stack. A descriptor sees one long matrix: a block that reaches past the expert's
+    last row would overwrite the next expert's gradient."""
+    return m % height == 0
 
 
 def _rows_product(kind: str, a: Tensor, w: Tensor, routing: _Routing, out_dtype: torch.dtype, across: bool = False, gather: bool = False,
@@ -301,7 +391,7 @@ def _rows_product(kind: str, a: Tensor, w: Tensor, routing: _Routing, out_dtype:
 
     a = a if a.stride(1) == 1 else a.contiguous()
     if t["rows_tma"] and k * a.element_size() % 16 == 0:
-        if gather: a = a.index_select(0, routing.order_q // routing.k)
+        if gather: a = _gathered_rows(a, routing)
         gather, a = False, a.contiguous()
     full = None if gather else _descriptor(a, height, depth, t["rows_tma"])
     half = None if full is None else _descriptor(a, height // 2, depth)
@@ -313,7 +403,7 @@ def _rows_product(kind: str, a: Tensor, w: Tensor, routing: _Routing, out_dtype:
     epilogue = {"up": _UP, "da": _DA}.get(kind, _PLAIN)
     _rows_kernel[(len(plan_t5) * blocks,)](
         a if full is None else full, a if full is None else half, w if moved is None else moved, out_qn, square_qn, dp_bq, weights_rk,
-        routing.order_q, plan_t5, n, routing.k, routing.rows, a.stride(0), K=k, GATHER=gather, ACROSS=across, TMA=moved is not None,
+        routing.order_q, routing.token_q, plan_t5, n, routing.rows, a.stride(0), K=k, GATHER=gather, ACROSS=across, TMA=moved is not None,
         ROWS_TMA=full is not None, EVEN=k % depth == 0, EPILOGUE=epilogue, HALF=t["half"], BLOCK_M=height, EXTRA=t["extra"], BLOCK_N=width,
         BLOCK_K=depth,
         num_warps=t["num_warps"], num_stages=t["num_stages"])
@@ -328,27 +418,28 @@ def _sum_by_token(rows_ql: Tensor, routing: _Routing, weights_rk: Tensor | None 
     return out_rl
 
 
-def _scaled_rows(x_rl: Tensor, weights_rk: Tensor, routing: _Routing) -> Tensor:
-    """[q, l]: every routed row's copy of x times its weight, in x's dtype."""
+def _gathered_rows(x_rl: Tensor, routing: _Routing) -> Tensor:
+    """[q, l]: every routed row's copy of its token."""
     l = x_rl.shape[1]
-    t, out_ql = _tiles("scale", 1, l, 0, x_rl.element_size()), x_rl.new_empty(routing.rows, l)
-    if routing.rows: _scale_kernel[(routing.rows, triton.cdiv(l, t["BLOCK"]))](x_rl, routing.order_q, weights_rk, out_ql, l, routing.k,
-                                                                               x_rl.stride(0), **t)
+    t, out_ql = _tiles("gather", 1, l, 0, x_rl.element_size()), x_rl.new_empty(routing.rows, l)
+    if routing.rows: _gather_kernel[(routing.rows, triton.cdiv(l, t["BLOCK"]))](x_rl, routing.token_q, out_ql, l, x_rl.stride(0), **t)
     return out_ql
 
 
-def _weight_gradient(left_qm: Tensor, right: Tensor, routing: _Routing, gather: bool = False) -> Tensor:
-    """[e, m, n]: by expert, the sum over its rows of left's row times right's row. gather: right holds tokens, not sorted rows."""
-    m, n, experts = left_qm.shape[1], right.shape[1], routing.experts
-    t = _tiles("wgrad", routing.rows / experts, n, m, right.element_size())
-    height, width = t["BLOCK_M"], t["BLOCK_N"]
-    out_emn = right.new_empty(experts, m, n)
-    # a block that reaches past an expert's last row would overwrite the next expert's gradient
-    moved = _descriptor(out_emn, height, width, t["tma"] and m % height == 0)
-    right = right if right.stride(1) == 1 else right.contiguous()
-    _weight_kernel[(experts * triton.cdiv(m, height) * triton.cdiv(n, width),)](
-        left_qm, right, routing.order_q, routing.offsets_e, out_emn if moved is None else moved, m, n, routing.k, right.stride(0), GATHER=gather,
-        TMA=moved is not None, BLOCK_M=height, BLOCK_N=width, BLOCK_K=t["BLOCK_K"], num_warps=t["num_warps"], num_stages=t["num_stages"])
+def _weight_gradient(tokens_rl: Tensor, hidden_qf: Tensor, routing: _Routing, weights_rk: Tensor | None = None, tokens_first: bool = False) -> Tensor:
+    """[e, f, l], or with tokens_first [e, l, f]: by expert, the sum over its rows of hidden's row times its token's row (times its weight)."""
+    l, f, experts = tokens_rl.shape[1], hidden_qf.shape[1], routing.experts
+    m, n = (l, f) if tokens_first else (f, l)
+    t = _tiles("wgrad", routing.rows / experts, l, f, hidden_qf.element_size())
+    height, width = (t["BLOCK_L"], t["BLOCK_F"]) if tokens_first else (t["BLOCK_F"], t["BLOCK_L"])
+    out_emn = hidden_qf.new_empty(experts, m, n)
+    moved = _descriptor(out_emn, height, width, t["tma"] and _blocks_end_with_the_expert(m, height))
+    tokens_rl = tokens_rl if tokens_rl.stride(1) == 1 else tokens_rl.contiguous()
+    _weight_kernel[(experts * triton.cdiv(l, t["BLOCK_L"]),)](
+        tokens_rl, hidden_qf, routing.token_q, routing.order_q, weights_rk, routing.offsets_e, out_emn if moved is None else moved,
+        tokens_rl.stride(0), L=l, F=f, WEIGHTED=weights_rk is not None, TOKENS_FIRST=tokens_first, TMA=moved is not None, EVEN=f % t["BLOCK_F"] == 0,
+        PANEL=t["panel"], BLOCK_L=t["BLOCK_L"], BLOCK_F=t["BLOCK_F"], BLOCK_M=height, BLOCK_N=width, BLOCK_K=t["BLOCK_K"],
+        STAGES=t["num_stages"], num_warps=t["num_warps"], num_stages=t["num_stages"])
     return out_emn
 
 
@@ -368,12 +459,12 @@ class _Experts(torch.autograd.Function):
         (x_rl, weights_rk, up_efl, down_elf, square_qf), routing = ctx.saved_tensors, ctx.routing
         needs_x, needs_weights, needs_up, needs_down, _ = ctx.needs_input_grad
         dy_rl, dx_rl, dweights_rk, dup_efl, ddown_elf = dy_rl.contiguous(), None, None, None, None
-        if needs_down: ddown_elf = _weight_gradient(_scaled_rows(dy_rl, weights_rk, routing), square_qf, routing)
+        if needs_down: ddown_elf = _weight_gradient(dy_rl, square_qf, routing, weights_rk, tokens_first=True)
         if needs_x or needs_weights or needs_up:
             du_qf, dp_q = _rows_product("da", dy_rl, down_elf, routing, x_rl.dtype, across=True, gather=True, square_qn=square_qf,
                                         weights_rk=weights_rk)
             if needs_weights: dweights_rk = dp_q.index_select(0, routing.inverse_q).view_as(weights_rk).to(weights_rk.dtype)
-            if needs_up: dup_efl = _weight_gradient(du_qf, x_rl, routing, gather=True)
+            if needs_up: dup_efl = _weight_gradient(x_rl, du_qf, routing)
             if needs_x: dx_rl = _sum_by_token(_rows_product("dx", du_qf, up_efl, routing, x_rl.dtype, across=True)[0], routing)
         return dx_rl, dweights_rk, dup_efl, ddown_elf, None
 
@@ -384,7 +475,7 @@ def _serve(x_rl: Tensor, weights_rk: Tensor, experts_rk: Tensor, up_efl, down_el
     if torch.is_grad_enabled() and (x_rl.requires_grad or weights_rk.requires_grad):
         raise ValueError("experts in 4 bits serve and do not train: call them under torch.no_grad(), or give the weights in bf16")
     routing = _Routing(experts_rk, up_efl.shape[0])
-    x_ql = x_rl.to(dtype).index_select(0, routing.order_q // routing.k)
+    x_ql = x_rl.to(dtype).index_select(0, routing.token_q)
     out_ql = nvfp4.matmul_w4a16(moe.relu2(nvfp4.matmul_w4a16(x_ql, up_efl, routing.offsets_e)), down_elf, routing.offsets_e)
     return _sum_by_token(out_ql.contiguous(), routing, weights_rk.contiguous())
 

@@ -3,22 +3,26 @@ bit for bit: same codes, same block scales, same second level.
 
 Idea: two passes. The first reads x for its largest magnitude (the second level needs it before the first code can be written), the second reads
 x again and writes everything: block maxima, scales, rounding and packing stay in registers. Memory is slow, so
-nothing else is read or written: no padded, transposed or Hadamard-transformed copy of x exists, and both copies of a gradient (rows for dgrad,
-columns for wgrad) come from the same two reads.
+nothing else is read or written: no padded, transposed or Hadamard-transformed copy of x exists. A pair (rows for dgrad, columns for wgrad) takes
+one pass for both maxima and one for each copy: a single pass for both copies would save a read, but its threads would have to hold
+whole blocks of both directions, or pass values to each other.
 
     rows [r, d]: a program owns R x C values         columns [d, tokens]: the same kind of tile seen from the other side
-                 C = q blocks of 16                              D features
+                 C = q blocks of 16                              D features, F a thread
         +----+----+----+----+                            +-+-+-+-+-----+-+
       R | 16 | 16 | 16 | 16 |  -> 8 bytes a block      T | | | | | ... | |  16 tokens (of one expert, a short block is filled with zeros),
         +----+----+----+----+     + 1 scale byte         +-+-+-+-+-----+-+  mixed by H, then quantized like a row of 16: 8 bytes + 1
         | 16 | 16 | 16 | 16 |
-        +----+----+----+----+                          A pair does both: a thread holds 16 tokens of 8 features, so it owns whole blocks of
-    16x16 tiles share one scale: R is a multiple       tokens and half blocks of features, and the transform is sums of its own registers.
+        +----+----+----+----+                          One thread owns a whole block in both: its maximum, its scale, the sums of the transform
+    16x16 tiles share one scale: R is a multiple       and its draws' key are computed once and never leave the thread's registers.
     of 16, and the maximum is taken over 16 rows.
 
-At Ultra's shape, 16384 x 8192 in bf16: 268 MB for each read of x, 75 MB written per copy (67 of codes, 8 of scales). Rows: 612 MB; pair: 688 MB.
-The rows' two passes take about 30 instructions a value, the pair's about 85 with stochastic rounding: the pair is bound by integer arithmetic
-(the draws are hashes, 8 instructions each), not by memory.
+At Ultra's shape, 16384 x 8192 in bf16: 268 MB for each read of x, 75 MB written per copy (67 of codes, 8 of scales). Rows: 612 MB; pair: 956 MB.
+Compiled for sm_90, a value takes about 5 instructions for its maximum (16 with the transform), 20 to round to nearest, 25 stochastically, and in
+a column 11 more. Four an SM and cycle can start, but shifts, logic and comparisons only two: the stochastic passes are bound by them, not by memory.
+
+NOTE: which thread owns what is decided by the order of dimensions in the two loads, as Triton 3.6 hands out work: along the contiguous dimension
+first, then along the others from the left. Triton 3.9 goes from the right: there the results are the same, but values move through shared memory.
 
 What differs from stage 01, which raises for NaN and Inf: asking would make the host wait for the GPU. Here a measured maximum that is NaN or Inf
 makes the global scale NaN, so everything that is multiplied with it is NaN and the step can be skipped where the loss is read. With a given amax
@@ -48,17 +52,19 @@ def _stage():
 
 
 def _tiles(kind: str, columns: int, height: int = 1) -> dict:
-    """Launch parameters. R x C, T x D or R x B: what one program reads. height: of a block; for the pair, the tokens of a block."""
+    """Launch parameters. R x C, T x D or R x B: what one program reads. F: features a thread. height: of a block.
+    HALVES, DIRECT: ways to load and to store, see _quantize_kernel."""
     widest = max(32, triton.next_power_of_2(columns))
-    if kind in ("pair", "amax_pair"):
-        # one warp on rows of 256: each thread then holds all 16 tokens of its 8 features, and no value ever leaves its thread
-        T = max(16, height)
-        return dict(T=T, D=min(4096 // T, widest), num_warps=1)
+    if kind == "amax_pair": return dict(T=32, D=256, F=4, num_warps=4)
+    # a warp spans 64 features, 2 a thread, of one block of 16 tokens; four warps make stores of 32 bytes a feature
+    if kind == "columns": return dict(T=64, D=64, F=2, num_warps=4)
     if kind == "transpose":
         return dict(R=128, B=64, num_warps=4)
-    C = min(1024 if height == 1 else 128, widest)
-    size = {"amax": 16384, "dequantize": 2048, "quantize": 8192}[kind]
-    return dict(R=max(height, size // C), C=C, num_warps=8 if kind == "dequantize" else 4)
+    if kind == "quantize" and height > 1: return dict(R=height, C=128, num_warps=2, HALVES=True, DIRECT=True)
+    # 8192 values a program, of one row where they divide it; amax: any tile will do
+    even, size = math.gcd(columns, 8192), 16384 if kind == "amax" else 8192
+    C = even if kind != "amax" and even >= 1024 else min(1024, widest)
+    return dict(R=size // C, C=C, num_warps=8 if kind == "dequantize" else 4, **(dict(HALVES=True, DIRECT=True) if kind == "quantize" else {}))
 
 
 # Scales: on one value in 16, so plainness before speed.
@@ -110,17 +116,19 @@ def _nearest(m):
 
 
 @triton.jit
-def _stochastic(m, draw, NATIVE: tl.constexpr):
-    """The position of the magnitude in bits 22 to 24: up when draw / 2^16 is below the distance to the lower neighbour.
+def _stochastic(m, draw, STOCHASTIC: tl.constexpr):
+    """The position of the magnitude, in the upper four bits of a word: up when draw / 2^16 is below the distance to the lower neighbour.
 
-    E2M1 is a tiny float, and scaled by 2^-126 an fp32 has the same shape: a grid of equal steps (subnormal) up to 1, steps that double beyond.
-    So the fp32's own bits are the position with 22 bits of fraction, and adding a random number below one step rounds, whatever the magnitude.
-    What lies between two numbers of the subnormal grid must go up there, or a value just above a draw would look like that draw.
+    E2M1 is a tiny float, and an fp32 scaled by 2^-126 has the same shape: a grid of equal steps up to 1 (subnormal numbers), longer steps beyond.
+    So the bits of the fp32 are the position and 22 bits of fraction, and adding a random number below one step rounds, whatever the magnitude.
+    PITFALL: a value between two subnormal numbers must go to the upper one, or one just above a draw would look equal to it.
     """
     m = tl.minimum(m, 6.0)
-    if NATIVE: bits = tl.inline_asm_elementwise("mul.rp.f32 $0, $1, 0f00800000;", "=f,f", [m], dtype=tl.float32, is_pure=True, pack=1).to(tl.int32, bitcast=True)
+    if STOCHASTIC == "ptx":
+        tiny = tl.inline_asm_elementwise("mul.rp.f32 $0, $1, 0f00800000;", "=f,f", [m], dtype=tl.float32, is_pure=True, pack=1)
+        bits = tiny.to(tl.int32, bitcast=True)
     else: bits = tl.where(m < 1, tl.ceil(m * 8388608.0).to(tl.int32), m.to(tl.int32, bitcast=True) - (126 << 23))
-    return bits + (0x3FFFFF - (draw << 6))
+    return bits * 64 + 0xFFFFFC0 - draw * 4096                             # one step is 2^28, a draw 2^12, "beyond the draw" at least 2^6
 
 
 @triton.jit
@@ -137,13 +145,16 @@ def _native_words(y, R: tl.constexpr, C: tl.constexpr):
 @triton.jit
 def _words(y, block, k0, k1, R: tl.constexpr, C: tl.constexpr, STOCHASTIC: tl.constexpr, NATIVE: tl.constexpr):
     """Codes of y [R, C / 16, 16] on the grid's scale, eight to a word: [R, C / 16, 2]."""
-    if NATIVE and not STOCHASTIC:
+    if NATIVE and STOCHASTIC == "":
         return _native_words(y, R, C)
-    if STOCHASTIC:
+    if STOCHASTIC != "":
         lane = tl.arange(0, 16)[None, None, :]
-        bits = _stochastic(tl.abs(y), draw16(block_keys(block, k0, k1)[:, :, None], lane), ROUND_UP)
-        code = ((bits >> 22) & 7) + (y.to(tl.uint32, bitcast=True) >> 31).to(tl.int32) * 8
-        return tl.sum(tl.reshape(code, [R, C // 16, 2, 8]) << (4 * tl.arange(0, 8))[None, None, None, :], axis=3)
+        up = _stochastic(tl.abs(y), draw16(block_keys(block, k0, k1)[:, :, None], lane), STOCHASTIC)
+        code = up.to(tl.uint32, bitcast=True) | (y.to(tl.uint32, bitcast=True) & 0x80000000)
+        # nibbles to bytes to words: what lies below a nibble is cut off where the next one is put
+        even, odd = tl.split(tl.reshape(code, [R, C // 16, 2, 4, 2]))
+        byte = (odd & 0xF0000000) | (even >> 4)
+        return tl.sum((byte >> 24) << (8 * tl.arange(0, 4)).to(tl.uint32)[None, None, None, :], axis=3).to(tl.int32, bitcast=True)
     code = _nearest(tl.abs(y)) + (y.to(tl.uint32, bitcast=True) >> 31).to(tl.int32) * 8
     # what _nearest adds to the position, eight times, each four places further left, is 0x3F400000 modulo 2^32
     return tl.sum(tl.reshape(code, [R, C // 16, 2, 8]) << (4 * tl.arange(0, 8))[None, None, None, :], axis=3) - 0x3F400000
@@ -173,8 +184,8 @@ def _quantize_tile(x, amax, block, k0, k1, R: tl.constexpr, C: tl.constexpr, H: 
                    STOCHASTIC: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, MX: tl.constexpr, NATIVE: tl.constexpr):
     """fp32 x [R, C] -> (words [R, C / 16, 2], scale bytes [R / H, C / W], s_dec like amax). `block`: draw index of each 16 values, [R, C / 16]."""
     # magnitudes compared as integers: the order is the same, and NaN comes out on top where a float maximum would drop it
-    bits = tl.max(tl.reshape(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, [R // H, H, C // W, W]), axis=3)
-    bits = tl.max(bits, axis=1)
+    bits = tl.max(tl.reshape(x.to(tl.uint32, bitcast=True) << 1, [R // H, H, C // W, W]), axis=3)
+    bits = (tl.max(bits, axis=1) >> 1).to(tl.int32)
     finite = bits < 0x7F800000
     x = tl.reshape(x, [R, C // 16, 16])
     if MX:
@@ -220,13 +231,22 @@ def _amax_kernel(x_ptr, amax_ptr, group_ptr, rows, columns, stride_e, stride_r, 
 @triton.jit(do_not_specialize=["k0", "k1", "first_block"])
 def _quantize_kernel(x_ptr, amax_ptr, codes_ptr, scale_ptr, global_ptr, k0, k1, first_block, rows, columns, stride_e, stride_r,
                      amax_e, amax_g, amax_q, R: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, BY_ROW: tl.constexpr,
-                     BY_BLOCK: tl.constexpr, STOCHASTIC: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, MX: tl.constexpr, NATIVE: tl.constexpr):
+                     BY_BLOCK: tl.constexpr, STOCHASTIC: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, MX: tl.constexpr, NATIVE: tl.constexpr,
+                     HALVES: tl.constexpr, DIRECT: tl.constexpr):
     # last tiles first: they are what the pass over the maxima read last and may still lie in the L2 cache
     tile_r, tile_c = tl.num_programs(0) - 1 - tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
     e = (tl.num_programs(2) - 1 - tl.program_id(2)).to(tl.int64)
     row, column = (tile_r * R + tl.arange(0, R)).to(tl.int64), tile_c * C + tl.arange(0, C)
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    x = tl.load(x_ptr + e * stride_e + row[:, None] * stride_r + column[None, :], mask=inside, other=0).to(tl.float32)
+    if HALVES:
+        # a thread loads 8 values at a time. Halves of a block come last in the order of dimensions: they are dealt out when every thread has
+        # one piece, so to the same thread
+        start, within = tile_c * C + 16 * tl.arange(0, C // 16), 8 * tl.arange(0, 2)[:, None] + tl.arange(0, 8)[None, :]
+        at = start[:, None, None, None] + within[None, None, :, :]
+        x = tl.load(x_ptr + e * stride_e + row[None, :, None, None] * stride_r + at, mask=(row < rows)[None, :, None, None] & (at < columns), other=0)
+        x = tl.reshape(tl.permute(x, [1, 0, 2, 3]), [R, C]).to(tl.float32)
+    else:
+        inside = (row < rows)[:, None] & (column < columns)[None, :]
+        x = tl.load(x_ptr + e * stride_e + row[:, None] * stride_r + column[None, :], mask=inside, other=0).to(tl.float32)
 
     g, q = tile_r * (R // H) + tl.arange(0, R // H), tile_c * (C // W) + tl.arange(0, C // W)
     if BY_ROW or BY_BLOCK:
@@ -243,8 +263,12 @@ def _quantize_kernel(x_ptr, amax_ptr, codes_ptr, scale_ptr, global_ptr, k0, k1, 
     words, byte, s_dec = _quantize_tile(x, amax, block + first_block, k0, k1, R, C, H, W, STOCHASTIC, FOUR_OVER_SIX, MX, NATIVE)
 
     kept = (row < (e + 1) * rows)[:, None] & (half < columns // 16)[None, :]
-    word = tl.reshape((2 * block)[:, :, None] + tl.arange(0, 2)[None, None, :], [R, C // 8])
-    tl.store(codes_ptr + word, tl.reshape(words, [R, C // 8]), mask=tl.reshape(tl.broadcast_to(kept[:, :, None], [R, C // 16, 2]), [R, C // 8]))
+    if DIRECT:
+        # every thread stores the two words it has; left alone, Triton first gathers four in a thread, through shared memory
+        tl.store(codes_ptr + tl.max_contiguous((2 * block)[:, :, None] + tl.arange(0, 2)[None, None, :], [1, 1, 2]), words, mask=kept[:, :, None])
+    else:
+        word = tl.reshape((2 * block)[:, :, None] + tl.arange(0, 2)[None, None, :], [R, C // 8])
+        tl.store(codes_ptr + word, tl.reshape(words, [R, C // 8]), mask=tl.reshape(tl.broadcast_to(kept[:, :, None], [R, C // 16, 2]), [R, C // 8]))
     byte = tl.reshape(tl.broadcast_to(byte[:, None, :], [R // H, H, C // W]), [R, C // W]).to(tl.uint8)
     inside = (row < (e + 1) * rows)[:, None] & (q < columns // W)[None, :]
     tl.store(scale_ptr + row[:, None] * (columns // W) + q[None, :], byte, mask=inside)
@@ -255,18 +279,19 @@ def _quantize_kernel(x_ptr, amax_ptr, codes_ptr, scale_ptr, global_ptr, k0, k1, 
 
 
 @triton.jit
-def _load_tokens(x_ptr, source_ptr, count_ptr, tile_t, tile_d, rows, columns, tokens, stride_r, T: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
-                 GROUPED: tl.constexpr):
-    """x [T, D] of a tile of the padded tokens, with the row that each token has in x and whether it has one."""
-    t, column = tile_t * T + tl.arange(0, T), tile_d * D + tl.arange(0, D)
+def _load_tokens(x_ptr, source_ptr, count_ptr, tile_t, tile_d, rows, columns, tokens, stride_r, T: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+                 W: tl.constexpr, GROUPED: tl.constexpr):
+    """x [T, D] of a tile of the padded tokens. The order of dimensions gives a thread all 16 tokens of a block, of F features."""
+    column, i = tile_d * D + tl.arange(0, D)[None, None, :], tl.arange(0, 16)[None, :, None]
+    first = tile_t * T + 16 * tl.arange(0, T // 16)[:, None, None]                # token that 16 of them begin with
     if GROUPED:
-        row = tl.load(source_ptr + t // W, mask=t < tokens, other=0) + t % W
-        valid = t % W < tl.load(count_ptr + t // W, mask=t < tokens, other=0)
-    else:
-        row, valid = t, t < rows
-    row = row.to(tl.int64)
-    x = tl.load(x_ptr + row[:, None] * stride_r + column[None, :], mask=valid[:, None] & (column < columns)[None, :], other=0)
-    return x.to(tl.float32) if x.dtype == tl.float64 else x, row, valid
+        row = tl.load(source_ptr + first // W, mask=first < tokens, other=0) + first % W
+        valid = first % W + i < tl.load(count_ptr + first // W, mask=first < tokens, other=0)
+    else: row, valid = first, first + i < rows
+    # one 64-bit product for 16 addresses. Left alone, Triton would give a thread 8 neighbouring features, and then not more than 2 tokens
+    at = tl.max_contiguous((x_ptr + row.to(tl.int64) * stride_r) + (i * stride_r + column), [1, 1, F])
+    x = tl.reshape(tl.load(at, mask=valid & (column < columns), other=0), [T, D])
+    return x.to(tl.float32) if x.dtype == tl.float64 else x
 
 
 @triton.jit
@@ -285,54 +310,30 @@ def _from_the_side(x, T: tl.constexpr, D: tl.constexpr, SIGNS: tl.constexpr, RHT
 
 
 @triton.jit
-def _amax_pair_kernel(x_ptr, amax_ptr, source_ptr, count_ptr, group_ptr, rows, columns, tokens, stride_r, groups, T: tl.constexpr,
-                      D: tl.constexpr, W: tl.constexpr, SIGNS: tl.constexpr, RHT: tl.constexpr, ROWS: tl.constexpr, GROUPED: tl.constexpr):
+def _amax_pair_kernel(x_ptr, amax_ptr, source_ptr, count_ptr, group_ptr, rows, columns, tokens, stride_r, groups, T: tl.constexpr, D: tl.constexpr,
+                      F: tl.constexpr, W: tl.constexpr, SIGNS: tl.constexpr, RHT: tl.constexpr, ROWS: tl.constexpr, GROUPED: tl.constexpr):
     """amax_ptr [2, groups]: of x, and of its transform; one read for both."""
     tile_d, tile_t = tl.program_id(0), tl.program_id(1)
-    x, row, valid = _load_tokens(x_ptr, source_ptr, count_ptr, tile_t, tile_d, rows, columns, tokens, stride_r, T, D, W, GROUPED)
-    y = tl.max(_from_the_side(x, T, D, SIGNS, RHT).to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
-    x = tl.max(x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+    x = _load_tokens(x_ptr, source_ptr, count_ptr, tile_t, tile_d, rows, columns, tokens, stride_r, T, D, F, W, GROUPED).to(tl.float32)
+    y = tl.max(tl.reshape(_from_the_side(x, T, D, SIGNS, RHT).to(tl.uint32, bitcast=True) << 1, [D, T // W, W]), axis=2)
+    x = tl.max(tl.reshape(x.to(tl.uint32, bitcast=True) << 1, [T // W, W, D]), axis=1)
     if GROUPED:
         q = tile_t * (T // W) + tl.arange(0, T // W)
         group = tl.load(group_ptr + q, mask=q < tokens // W, other=groups - 1)
-        if ROWS: tl.atomic_max(amax_ptr + group, tl.max(tl.reshape(x, [T // W, W]), axis=1), sem="relaxed")
-        tl.atomic_max(amax_ptr + groups + group, tl.max(tl.reshape(y, [T // W, W]), axis=1), sem="relaxed")
+        if ROWS: tl.atomic_max(amax_ptr + group, (tl.max(x, axis=1) >> 1).to(tl.int32), sem="relaxed")
+        tl.atomic_max(amax_ptr + groups + group, (tl.max(y, axis=0) >> 1).to(tl.int32), sem="relaxed")
     else:
-        if ROWS: _raise(amax_ptr, tl.max(x, axis=0))
-        _raise(amax_ptr + groups, tl.max(y, axis=0))
+        if ROWS: _raise(amax_ptr, (tl.max(tl.max(x, axis=1), axis=0) >> 1).to(tl.int32))
+        _raise(amax_ptr + groups, (tl.max(tl.max(y, axis=1), axis=0) >> 1).to(tl.int32))
 
 
-@triton.jit(do_not_specialize=["k0", "k1", "k2", "k3"])
-def _pair_kernel(x_ptr, amax_ptr, source_ptr, count_ptr, group_ptr, length_ptr, rcodes_ptr, rscale_ptr, rglobal_ptr, ccodes_ptr, cscale_ptr,
-                 cglobal_ptr, k0, k1, k2, k3, rows, columns, tokens, stride_r, groups, T: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
-                 SIGNS: tl.constexpr, RHT: tl.constexpr, ROWS: tl.constexpr, GROUPED: tl.constexpr,
-                 STOCHASTIC: tl.constexpr, MX: tl.constexpr, NATIVE: tl.constexpr):
-    """Both copies of one tile. tokens: what a row of the columns holds; length_ptr: how many of them stage 01 would have, which numbers its draws."""
+@triton.jit(do_not_specialize=["k0", "k1"])
+def _columns_kernel(x_ptr, amax_ptr, source_ptr, count_ptr, group_ptr, length_ptr, codes_ptr, scale_ptr, global_ptr, k0, k1, rows, columns, tokens,
+                    stride_r, groups, T: tl.constexpr, D: tl.constexpr, F: tl.constexpr, W: tl.constexpr, SIGNS: tl.constexpr, RHT: tl.constexpr,
+                    GROUPED: tl.constexpr, STOCHASTIC: tl.constexpr, MX: tl.constexpr, NATIVE: tl.constexpr):
+    """D rows of T / 16 blocks. tokens: what a row of the result holds; length_ptr: how many of them stage 01 would have, which numbers its draws."""
     tile_d, tile_t = tl.num_programs(0) - 1 - tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
-    first = (tile_d == 0) & (tile_t == 0)
-    x, row, valid = _load_tokens(x_ptr, source_ptr, count_ptr, tile_t, tile_d, rows, columns, tokens, stride_r, T, D, W, GROUPED)
-
-    # 1. rows: T of them, D / 16 blocks each
-    if ROWS:
-        if GROUPED:
-            t = tile_t * T + tl.arange(0, T)
-            amax = tl.load(amax_ptr + tl.load(group_ptr + t // W, mask=t < tokens, other=groups - 1))[:, None]
-        else: amax = tl.load(amax_ptr)
-        half, q = tile_d * (D // 16) + tl.arange(0, D // 16), tile_d * (D // W) + tl.arange(0, D // W)
-        block = row[:, None] * (columns // 16) + half[None, :]
-        words, byte, s_dec = _quantize_tile(x.to(tl.float32), amax, block, k0, k1, T, D, 1, W, STOCHASTIC, False, MX, NATIVE)
-        word = tile_d * (D // 8) + tl.arange(0, D // 8)
-        tl.store(rcodes_ptr + row[:, None] * (columns // 8) + word[None, :], tl.reshape(words, [T, D // 8]),
-                 mask=valid[:, None] & (word < columns // 8)[None, :])
-        tl.store(rscale_ptr + row[:, None] * (columns // W) + q[None, :], byte.to(tl.uint8), mask=valid[:, None] & (q < columns // W)[None, :])
-        if not MX:
-            if GROUPED:
-                if tile_d == 0: tl.store(rglobal_ptr + row[:, None], s_dec, mask=valid[:, None])
-            else: tl.store(rglobal_ptr, s_dec, mask=first)
-
-    # 2. columns: D rows of T / 16 blocks; read again, from the L1 cache, since keeping x during part 1 takes more registers than there are
-    if ROWS: x, row, valid = _load_tokens(x_ptr, source_ptr, count_ptr, tile_t, tile_d, rows, columns, tokens, stride_r, T, D, W, GROUPED)
-    y = _from_the_side(x, T, D, SIGNS, RHT)
+    x = _load_tokens(x_ptr, source_ptr, count_ptr, tile_t, tile_d, rows, columns, tokens, stride_r, T, D, F, W, GROUPED)
     q = tile_t * (T // W) + tl.arange(0, T // W)
     if GROUPED:
         group = tl.load(group_ptr + q, mask=q < tokens // W, other=groups - 1)
@@ -341,14 +342,14 @@ def _pair_kernel(x_ptr, amax_ptr, source_ptr, count_ptr, group_ptr, length_ptr, 
     d = (tile_d * D + tl.arange(0, D)).to(tl.int64)
     half, word = tile_t * (T // 16) + tl.arange(0, T // 16), tile_t * (T // 8) + tl.arange(0, T // 8)
     block = d[:, None] * (length // 16) + half[None, :]
-    words, byte, s_dec = _quantize_tile(y, amax, block, k2, k3, D, T, 1, W, STOCHASTIC, False, MX, NATIVE)
-    tl.store(ccodes_ptr + d[:, None] * (tokens // 8) + word[None, :], tl.reshape(words, [D, T // 8]),
+    words, byte, s_dec = _quantize_tile(_from_the_side(x, T, D, SIGNS, RHT), amax, block, k0, k1, D, T, 1, W, STOCHASTIC, False, MX, NATIVE)
+    tl.store(codes_ptr + d[:, None] * (tokens // 8) + word[None, :], tl.reshape(words, [D, T // 8]),
              mask=(d < columns)[:, None] & (word < tokens // 8)[None, :])
-    tl.store(cscale_ptr + d[:, None] * (tokens // W) + q[None, :], byte.to(tl.uint8), mask=(d < columns)[:, None] & (q < tokens // W)[None, :])
+    tl.store(scale_ptr + d[:, None] * (tokens // W) + q[None, :], byte.to(tl.uint8), mask=(d < columns)[:, None] & (q < tokens // W)[None, :])
     if not MX:
         if GROUPED:
-            if tile_d == 0: tl.store(cglobal_ptr + q[None, :], s_dec, mask=(q < tokens // W)[None, :])
-        else: tl.store(cglobal_ptr, s_dec, mask=first)
+            if tile_d == 0: tl.store(global_ptr + q[None, :], s_dec, mask=(q < tokens // W)[None, :])
+        else: tl.store(global_ptr, s_dec, mask=(tile_d == 0) & (tile_t == 0))
 
 
 @triton.jit
@@ -403,6 +404,11 @@ def _keys(rounding: str, seed: int | None) -> tuple[int, int]:
     return split_key(seed) if rounding == "stochastic" else (0, 0)
 
 
+def _mode(rounding: str) -> str:
+    """How the kernels round: "" to nearest, else stochastically, with an instruction that the interpreter lacks where they are compiled."""
+    return "" if rounding == "nearest" else "portable" if triton.knobs.runtime.interpret else "ptx"
+
+
 def _scale_dtype(format: str) -> torch.dtype:
     return torch.float8_e4m3fn if format == "nvfp4" else torch.float8_e8m0fnu
 
@@ -413,7 +419,7 @@ def _strides(scale: torch.Tensor, grid: tuple[int, ...]) -> tuple[torch.Tensor, 
     scale = scale.reshape(*[1] * (max(len(grid), 2) - scale.ndim), *scale.shape)
     lead = scale.shape[:-2]
     if lead.numel() > 1: scale = scale.expand(*grid[:-2], *scale.shape[-2:])
-    scale = scale.reshape(-1, *scale.shape[-2:]).contiguous()
+    scale = scale.reshape(math.prod(scale.shape[:-2]), *scale.shape[-2:]).contiguous()
     return scale, tuple(0 if size == 1 else stride for size, stride in zip(scale.shape, scale.stride()))
 
 
@@ -470,7 +476,7 @@ def quantize(x, block=(1, 16), rounding="nearest", scale_rule="max", amax=None, 
         _quantize_kernel[triton.cdiv(rows, tile["R"]), triton.cdiv(columns, tile["C"]), e](
             x_erk, amax_egq, codes.view(torch.int32), scale, s_dec, *_keys(rounding, seed), offset // 16, rows, columns, x_erk.stride(0),
             x_erk.stride(1), *strides, H=height, W=width, BY_ROW=strides[1] != 0, BY_BLOCK=strides[2] != 0,
-            STOCHASTIC=rounding == "stochastic", FOUR_OVER_SIX=scale_rule == "four_over_six", MX=mx, NATIVE=_native(x),
+            STOCHASTIC=_mode(rounding), FOUR_OVER_SIX=scale_rule == "four_over_six", MX=mx, NATIVE=_native(x),
             enable_fp_fusion=False, **tile)
     if s_dec.numel() != amax.numel() or not x.numel():       # more leading dimensions than amax has entries for, or no value at all
         s_dec = stage.global_scales(amax, stage.FOUR_OVER_SIX_MAX if scale_rule == "four_over_six" else stage.E4M3_MAX)[1]
@@ -502,50 +508,45 @@ def _plan(offsets_e: torch.Tensor, rows: int, width: int) -> tuple[torch.Tensor,
     return source_q.int(), count_q.int(), expert_q.int(), ends_e[-1:]
 
 
-def _pair(x_rd, offsets_e, rounding, rht, seeds, format, with_rows):
-    """(rows or None, columns) of a matrix."""
+def _columns(x_rd, offsets_e, rounding, rht, seed, format, with_rows):
+    """(second level of the rows, or None without with_rows; the columns) of a matrix."""
     stage, mx, grouped, device = _stage(), format == "mxfp4", offsets_e is not None, x_rd.device
     if x_rd.ndim != 2: raise ValueError(f"input has shape {tuple(x_rd.shape)}: columns are quantized from a matrix [rows, features].")
-    width = stage.check_request(x_rd if with_rows else x_rd.new_empty(0), (1, 16), rounding, "max", seeds[1], format, "input")[1]
+    width = stage.check_request(x_rd if with_rows else x_rd.new_empty(0), (1, 16), rounding, "max", seed, format, "input")[1]
     (rows, columns), x = x_rd.shape, _stack(x_rd)[0]
     source_q, count_q, group_q, length = _plan(offsets_e, rows, width) if grouped else (None,) * 4
     groups, tokens = (len(offsets_e) + 1, len(source_q) * width) if grouped else (1, triton.cdiv(rows, width) * width)
 
-    def empty(lines, values, globals_shape):
-        """Codes and scales to fill; a second level of 1 is right for MXFP4 and for no values at all."""
-        new = torch.ones if mx or not x.numel() else torch.empty
-        return stage.NVFP4Tensor(torch.empty(lines, values // 2, dtype=torch.uint8, device=device),
-                                 torch.empty(lines, values // width, dtype=torch.uint8, device=device).view(_scale_dtype(format)),
-                                 new(globals_shape if grouped and not mx else (), device=device), (1, width))
-
-    def pointers(q): return (q.codes.view(torch.int32), q.block_scale.view(torch.uint8), q.global_scale) if q else (None,) * 3
-
-    by_row, by_column = empty(rows, columns, (rows,)) if with_rows else None, empty(columns, tokens, (1, tokens // width))
+    codes = torch.empty(columns, tokens // 2, dtype=torch.uint8, device=device)
+    scale = torch.empty(columns, tokens // width, dtype=torch.uint8, device=device)
+    new = torch.ones if mx or not x.numel() else torch.empty                    # 1 is right for MXFP4 and for no values at all
+    s_dec = new((1, tokens // width) if grouped and not mx else (), device=device)
+    amax = torch.zeros(2, groups, device=device)
     if x.numel():
-        amax = torch.zeros(2, groups, device=device)
-        shared = dict(W=width, SIGNS=_signs(), RHT=rht, ROWS=with_rows, GROUPED=grouped)
+        shared = dict(W=width, SIGNS=_signs(), RHT=rht, GROUPED=grouped)
         if not mx:
-            tile = _tiles("amax_pair", columns, width)
+            tile = _tiles("amax_pair", columns)
             _amax_pair_kernel[triton.cdiv(columns, tile["D"]), triton.cdiv(tokens, tile["T"])](
-                x, amax.view(torch.int32), source_q, count_q, group_q, rows, columns, tokens, x.stride(0), groups, **shared, **tile)
-        tile = _tiles("pair", columns, width)
-        _pair_kernel[triton.cdiv(columns, tile["D"]), triton.cdiv(tokens, tile["T"])](
-            x, amax, source_q, count_q, group_q, length, *pointers(by_row), *pointers(by_column),
-            *_keys(rounding, seeds[0]), *_keys(rounding, seeds[1]), rows, columns, tokens, x.stride(0), groups,
-            STOCHASTIC=rounding == "stochastic", MX=mx, NATIVE=_native(x), enable_fp_fusion=False, **shared, **tile)
-    return by_row, by_column
+                x, amax.view(torch.int32), source_q, count_q, group_q, rows, columns, tokens, x.stride(0), groups, ROWS=with_rows, **shared, **tile)
+        tile = _tiles("columns", columns)
+        _columns_kernel[triton.cdiv(columns, tile["D"]), triton.cdiv(tokens, tile["T"])](
+            x, amax, source_q, count_q, group_q, length, codes.view(torch.int32), scale, s_dec, *_keys(rounding, seed), rows, columns, tokens,
+            x.stride(0), groups, STOCHASTIC=_mode(rounding), MX=mx, NATIVE=_native(x), enable_fp_fusion=False, **shared, **tile)
+    return amax[0], stage.NVFP4Tensor(codes, scale.view(_scale_dtype(format)), s_dec, (1, width))
 
 
 def quantize_columns(x_rd, offsets_e=None, rounding="nearest", seed=None, format="nvfp4", rht=True):
     """Twin of stage 01's quantize_columns. With offsets_e the columns are longer than padded_offsets(offsets_e)[-1] and end in zeros."""
-    return _pair(x_rd, offsets_e, rounding, rht, (seed, seed), format, with_rows=False)[1]
+    return _columns(x_rd, offsets_e, rounding, rht, seed, format, with_rows=False)[1]
 
 
 def quantize_pair(x_rd, offsets_e=None, rounding="nearest", rht=True, seed=None, format="nvfp4"):
-    """Twin of stage 01's quantize_pair: x is read once for both maxima and once for both copies."""
+    """Twin of stage 01's quantize_pair: x is read once for both maxima and once for each copy."""
     mix64 = _stage().mix64
     seeds = (None, None) if seed is None else (mix64(2 * seed), mix64(2 * seed + 1))
-    return _pair(x_rd, offsets_e, rounding, rht, seeds, format, with_rows=True)
+    amax_e, columns = _columns(x_rd, offsets_e, rounding, rht, seeds[1], format, with_rows=True)
+    amax = amax_e[0] if offsets_e is None else amax_e[_stage().expert_of_rows(offsets_e, x_rd.shape[0])]
+    return quantize(x_rd, (1, 16), rounding, amax=amax, seed=seeds[0], format=format), columns
 
 
 def dequantize(q, dtype=torch.float32):

@@ -11,10 +11,12 @@ Decoding must cost 2 to 3 instructions a weight or it is slower than the memory.
             h4 -> bf16 | h0 -> bf16        one multiplication by 2^12 + 2^6 puts the sign at bit 15 and the magnitude at bits 6 to 8 of both halves,
             × s          × s               one AND cleans, one packed bf16 product applies the block scale: 4 instructions for 2 weights
 
-Bits 6 to 8 are the top mantissa bit and the low exponent bits of bf16, so the pattern is the value · 2^-126, for the subnormal 0.5 as well; the
-scale is prepared as s · 2^118, which fits bf16, and the epilogue owes 2^8. The sum may run in any order that both operands share: columns are
-visited as (i, j, half), then a thread of the tensor-core product finds all eight values of the word that it loaded itself. The weights go from
-shared memory to registers to the product; only the other operand is reordered, or decoded in the same way.
+(i = 3 has its sign in place: a shift, two logical operations, no multiplication.) Bits 6 to 8 are the top mantissa bit and the low exponent bits of
+bf16, so the pattern is the value · 2^-126, for the subnormal 0.5 as well; the scale is prepared as s · 2^118, which fits bf16; the epilogue owes
+2^8. The sum may run in any order that both operands share. Columns are visited as (i, word, half), then a thread of the tensor-core product finds all
+eight values of a word that it loaded itself; the words of a thread are neighbours (`_reorder`), then it loads 16 bytes at once and prepares a scale
+for two words. The weights go from shared memory to registers to the product. 16-bit x is brought into this order by a small kernel beforehand and
+then copied to where the tensor core reads it ("ordered"), or reordered in the product ("natural"); coded x is decoded in the same way.
 
     fused kernel                    x [r, k], 16 bits or codes                 dense kernel (two large operands, no groups)
                                    +-------------------------+                 decode a -> bf16, decode b -> bf16, then a persistent
@@ -27,6 +29,15 @@ shared memory to registers to the product; only the other operand is reordered, 
     grouped rows: a small kernel lists the row tiles, (expert, first row) each; tiles of a list that is too long end at once; an expert without
     rows has no tile and its weights are never read. Grouped contraction: an expert's part of k is the range of the loop. Split contraction
     (few weight rows): every part writes fp32 sums and a second kernel adds them in order, so results repeat.
+
+    shares (one row tile, up to 8 rows of x): all blocks of w in one line, cut into pieces of equal length, so that no processor waits for another
+
+        tile 0          tile 1          tile 2          tile 3         each tile: K / BK blocks of [BN, BK]
+        |---------------|---------------|---------------|-------...
+        |  program 0  |  program 1  |  program 2  |  program 3  |      a tile is the sum, in order, of the parts of the programs that touch it
+
+    Up to 8 rows take the older mma (8 columns) and not wgmma: half the registers and half the room for x, so twice as many warps hide each other's
+    waiting. One thread's step of 128 weights is about 400 instructions: at 132 processors that is 0.015 ms for 8192 -> 20480 if none ever waits.
 
 At Ultra's shapes: one decoding row through 8192 -> 20480 reads 84 MB of codes and 10 MB of scales (0.022 ms at 4.28 TB/s) for 0.3 GFLOP; 8192³ is
 1.1 TFLOP (1.4 ms at 790 TFLOP/s) on 75 MB; 90,112 rows through 512 experts of 2048 -> 5120 are 1.9 TFLOP (2.4 ms) on 3 GB of weights.
@@ -48,21 +59,29 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 # ---- launch parameters
 
-def _tiles(kind: str, r: int, n: int, k: int, e: int, dtype: torch.dtype) -> dict:
-    """Block sizes of a launch. kind: "whole", "rows", "contraction" or "decode"; r rows of x, n rows of w, e experts (1: no groups).
+def _tiles(kind: str, r: int, n: int, k: int, e: int, dtype: torch.dtype, codes: bool = False) -> dict:
+    """Block sizes of a launch. kind: "whole", "rows", "contraction" or "decode"; r rows of x, n rows of w, e experts (1: no groups); x as codes?
 
-    split: parts of the contraction; band: tiles side by side; scratch: decode x once, before the product; dense: both operands."""
+    split: parts of the contraction; shares: programs a processor that share the blocks of w evenly (x in 16 bits, one row tile); ordered: x reordered
+    before the product; scratch: x decoded before it (grouped contraction: both operands); dense: both operands, to whole tiles; band: tiles side by
+    side; order: instead of what `_order` takes."""
     if kind == "decode": return dict(BR=16, BK=256, num_warps=4)
-    if dtype == torch.float32: return dict(BN=64, BM=16, BK=32, split=1, num_warps=4, num_stages=2)
-    if kind == "contraction": return dict(BN=128, BM=128, BK=64, split=1, num_warps=8, num_stages=2)
+    fused = dict(split=1, shares=0, ordered=True, scratch=False, num_warps=4, num_stages=3, maxnreg=None)
+    if dtype == torch.float32: return dict(fused, BN=64, BM=16, BK=32, num_stages=2)
+    if kind == "contraction": return dict(fused, BN=128, BM=128, BK=64, scratch=True)
     per_expert = triton.cdiv(r, e)
     if kind == "whole" and r > 64: return dict(dense=True, BM=128, BN=256, BK=64, band=8, flatten=True, num_warps=8, num_stages=3)
-    if per_expert > 64: return dict(BN=256, BM=128, BK=64, split=1, num_warps=8, num_stages=3)
-    block_m = max(16, triton.next_power_of_2(per_expert))
+    if per_expert > 64: return dict(fused, BN=128, BM=64, BK=128) if codes else dict(fused, BN=256, BM=128, BK=64, num_warps=8)
     # half of the SMs idle when there are too few weight tiles: cut the contraction
     programs = triton.cdiv(n, 64) * (e if e > 1 else 1)
-    split = 1 if programs >= 256 or k < 2048 else 2 if programs >= 128 else 4
-    return dict(BN=64, BM=block_m, BK=256 if block_m <= 32 else 128, split=split, num_warps=4, num_stages=4)
+    split = 1 if programs >= 512 or k < 2048 else 2 if programs >= 256 else 4
+    if per_expert > 16:
+        block_m = triton.next_power_of_2(per_expert)
+        return dict(fused, BN=128, BM=block_m, BK=256, split=split * 2 if split > 1 else 1, num_warps=8)
+    if codes: return dict(fused, BN=64, BM=16, BK=256, split=split)
+    if per_expert > 8: return dict(fused, BN=64, BM=16, BK=256, split=split, ordered=False, order=1, num_stages=4)
+    if kind == "rows": return dict(fused, BN=128, BM=8, BK=256, maxnreg=128)
+    return dict(fused, BN=32, BM=8, BK=512, num_warps=2)
 
 
 def _native(device: torch.device) -> bool:
@@ -85,9 +104,8 @@ def _multiply_pairs(a, b, GPU: tl.constexpr):
 
 
 @triton.jit
-def _values(nibbles, MOVE: tl.constexpr, scale, MX: tl.constexpr, GPU: tl.constexpr):
-    """bf16 [..., 2] of the columns i and i + 4, whose codes MOVE, two bits far apart, copies to bits 12 to 15 and 6 to 9 of each half."""
-    bits = nibbles * MOVE & 0x81C081C0
+def _values(bits, scale, MX: tl.constexpr, GPU: tl.constexpr):
+    """bf16 [..., 2] of the columns i and i + 4, whose sign and magnitude are at bits 15 and 6 to 8 of each half, times the scale."""
     # a power of two as scale has no upper end that leaves room for 2^126: first the value, then its scale
     if MX: bits = _multiply_pairs(bits, tl.full(bits.shape, 0x7E807E80, tl.uint32), GPU)
     bits = _multiply_pairs(bits, scale, GPU)
@@ -95,8 +113,8 @@ def _values(nibbles, MOVE: tl.constexpr, scale, MX: tl.constexpr, GPU: tl.conste
 
 
 @triton.jit
-def _decode(words_nj, scale_nq, NATURAL: tl.constexpr, MX: tl.constexpr, GPU: tl.constexpr):
-    """bf16 [n, 8 j] · 2^-8 (MX: as it is) of codes [n, j] in 32-bit words and scale bytes [n, q]; columns in the order of `_reorder`, or NATURAL."""
+def _decode(words_nj, scale_nq, ORDER: tl.constexpr, MX: tl.constexpr, GPU: tl.constexpr):
+    """bf16 [n, 8 j] · 2^-8 (MX: as it is) of codes [n, j] in 32-bit words and scale bytes [n, q]; ORDER: see `_reorder`; 0: as they are."""
     n: tl.constexpr = words_nj.shape[0]
     j: tl.constexpr = words_nj.shape[1]
     q: tl.constexpr = scale_nq.shape[1]
@@ -107,44 +125,56 @@ def _decode(words_nj, scale_nq, NATURAL: tl.constexpr, MX: tl.constexpr, GPU: tl
         scale = _multiply_pairs(scale * 0x00100010, tl.full(scale.shape, 0x7B807B80, tl.uint32), GPU)
         scale = _multiply_pairs(scale, tl.full(scale.shape, 0x7A807A80, tl.uint32), GPU)
     scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (n, q, j // q)), (n, j))
-    high_nj = words_nj >> 8
-    v0, v1 = _values(words_nj & 0x000F000F, 0x1040, scale, MX, GPU), _values(words_nj & 0x00F000F0, 0x0104, scale, MX, GPU)
-    v2, v3 = _values(high_nj & 0x000F000F, 0x1040, scale, MX, GPU), _values(high_nj & 0x00F000F0, 0x0104, scale, MX, GPU)
+    down_nj = words_nj >> 6
+    v0 = _values((words_nj & 0x000F000F) * 0x1040 & 0x81C081C0, scale, MX, GPU)
+    v1 = _values((words_nj & 0x00F000F0) * 0x0104 & 0x81C081C0, scale, MX, GPU)
+    v2 = _values((down_nj & 0x003C003C) * 0x0410 & 0x81C081C0, scale, MX, GPU)
+    v3 = _values(words_nj & 0x80008000 | down_nj & 0x01C001C0, scale, MX, GPU)       # the sign is in place already
     values = tl.join(tl.join(v0, v2), tl.join(v1, v3))           # [n, j, half, i // 2, i % 2]: column 8 j + 4 half + i
-    return tl.reshape(values if NATURAL else tl.permute(values, (0, 3, 4, 1, 2)), (n, 8 * j))
+    if not ORDER: return tl.reshape(values, (n, 8 * j))
+    else: return tl.reshape(tl.permute(tl.reshape(values, (n, ORDER, j // ORDER, 2, 2, 2)), (0, 4, 5, 2, 1, 3)), (n, 8 * j))
 
 
 @triton.jit
-def _reorder(x_rk):
-    """Columns (j, half, i) -> (i, j, half). In registers when a thread holds eight neighbours, as it does after a wide load."""
+def _reorder(x_rk, ORDER: tl.constexpr):
+    """Columns (part, word, half, i) -> (i, word, part, half), in ORDER parts. In registers when a thread holds eight neighbours."""
     r: tl.constexpr = x_rk.shape[0]
     k: tl.constexpr = x_rk.shape[1]
-    return tl.reshape(tl.permute(tl.reshape(x_rk, (r, k // 8, 2, 2, 2)), (0, 3, 4, 1, 2)), (r, k))
+    return tl.reshape(tl.permute(tl.reshape(x_rk, (r, ORDER, k // (8 * ORDER), 2, 2, 2)), (0, 4, 5, 2, 1, 3)), (r, k))
 
 
 @triton.jit
-def _load_codes(words, scales, row_n, j, q, end, ROW_WORDS, ROW_SCALES, WIDTH: tl.constexpr, EVEN: tl.constexpr, GPU: tl.constexpr,
-                NATURAL: tl.constexpr = False):
+def _load_codes(words, scales, row_n, j, q, end, ROW_WORDS, ROW_SCALES, WIDTH: tl.constexpr, EVEN: tl.constexpr, ORDER: tl.constexpr,
+                GPU: tl.constexpr):
     """Decoded columns [n, 8 j] of the rows whose numbers are given; j and q: word and scale numbers; beyond column `end` zeros."""
     words_at, scales_at = words + row_n[:, None] * ROW_WORDS + j[None, :], scales + row_n[:, None] * ROW_SCALES + q[None, :]
     if EVEN: words_nj, scale_nq = tl.load(words_at), tl.load(scales_at)
     else:
         words_nj = tl.load(words_at, mask=(j < end // 8)[None, :], other=0)
         scale_nq = tl.load(scales_at, mask=(q < end // WIDTH)[None, :], other=0)
-    return _decode(words_nj.to(tl.uint32, bitcast=True), scale_nq, NATURAL, WIDTH == 32, GPU)
+    return _decode(words_nj.to(tl.uint32, bitcast=True), scale_nq, ORDER, WIDTH == 32, GPU)
 
 
 @triton.jit
-def _decode_kernel(out, words, scales, R, K, ROW_WORDS, ROW_SCALES, BR: tl.constexpr, BK: tl.constexpr, WIDTH: tl.constexpr,
-                   GPU: tl.constexpr):
-    """Codes -> 16 bits without the global scale, in natural order."""
+def _decode_kernel(out, words, scales, R, K, OUT_ROW, ROW_WORDS, ROW_SCALES, ORDER: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
+                   WIDTH: tl.constexpr, GPU: tl.constexpr):
+    """Codes -> 16 bits without the global scale, in natural order, or in that of `_reorder` with zeros up to a multiple of BK."""
     r = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64)
     k0 = tl.program_id(1) * BK
     rows = tl.minimum(r, R - 1)
     values = _load_codes(words, scales, rows, k0 // 8 + tl.arange(0, BK // 8), k0 // WIDTH + tl.arange(0, BK // WIDTH), K, ROW_WORDS, ROW_SCALES,
-                         WIDTH, False, GPU, True)
+                         WIDTH, False, ORDER, GPU)
     k = k0 + tl.arange(0, BK)
-    tl.store(out + r[:, None] * K + k[None, :], values, mask=(r < R)[:, None] & (k < K)[None, :])
+    tl.store(out + r[:, None] * OUT_ROW + k[None, :], values, mask=(r < R)[:, None] & (k < OUT_ROW)[None, :])
+
+
+@triton.jit
+def _reorder_kernel(out, x, R, K, X_ROW, OUT_ROW, ORDER: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
+    """x in the order of `_reorder` with zeros up to a multiple of BK: done once, the product can copy x to shared memory as it is."""
+    r = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64)[:, None]
+    k = (tl.program_id(1) * BK + tl.arange(0, BK))[None, :]
+    x_rk = _reorder(tl.load(x + r * X_ROW + k, mask=(r < R) & (k < K), other=0.0), ORDER)
+    tl.store(out + r * OUT_ROW + k, x_rk, mask=r < R)
 
 
 @triton.jit
@@ -211,7 +241,7 @@ def _place(ends_e, tile_e, tile_r, R, N, K, E, GROUP: tl.constexpr, BN: tl.const
 
 
 @triton.jit
-def _finish(out, acc_nr, x_global, w_global, e, n, r, r_end, k_start, R, N, K, XG_E, XG_R, XG_Q, WG_E, WG_R, WG_Q, GROUP: tl.constexpr,
+def _finish(out, part, acc_nr, x_global, w_global, e, n, r, r_end, k_start, R, N, K, XG_E, XG_R, XG_Q, WG_E, WG_R, WG_Q, GROUP: tl.constexpr,
             SCALED: tl.constexpr, WIDTH: tl.constexpr, UNDO: tl.constexpr, GPU: tl.constexpr):
     """Multiply by the global scales and by what the decoder owes, round once, store."""
     # NOTE: the part of an empty expert may start behind the last block
@@ -225,16 +255,38 @@ def _finish(out, acc_nr, x_global, w_global, e, n, r, r_end, k_start, R, N, K, X
         to = out + e.to(tl.int64) * N * R + n.to(tl.int64)[:, None] * R + r[None, :]
         tl.store(to, y_nr, mask=(n < N)[:, None] & (r < R)[None, :])
     else:
-        to = out + (tl.program_id(1).to(tl.int64) * R + r)[:, None] * N + n[None, :]
+        to = out + (part.to(tl.int64) * R + r)[:, None] * N + n[None, :]
         tl.store(to, y_nr.T, mask=(r < r_end)[:, None] & (n < N)[None, :])
 
 
 @triton.jit
-def _fused_kernel(out, x, x_scales, x_global, w, w_scales, w_global, ends_e, tile_e, tile_r, R, N, K, E, X_ROW, X_SCALES, W_WORDS, W_SCALES, STEPS,
-                  XG_E, XG_R, XG_Q, WG_E, WG_R, WG_Q, GROUP: tl.constexpr, X_CODES: tl.constexpr, SCALED: tl.constexpr, WIDTH: tl.constexpr,
-                  SPLIT: tl.constexpr, EVEN: tl.constexpr, UNDO: tl.constexpr, GPU: tl.constexpr,
+def _tile_sum(x, x_scales, w, w_scales, rows_n, rows_r, live_r, k_start, k_end, X_ROW, X_SCALES, W_ROW, W_SCALES, GROUP: tl.constexpr,
+              FORM: tl.constexpr, ORDER: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, GPU: tl.constexpr, BK: tl.constexpr,
+              STAGES: tl.constexpr):
+    """fp32 [n, r]: the sum over columns k_start to k_end of the given rows of w and x."""
+    j, q = tl.arange(0, BK // 8), tl.arange(0, BK // WIDTH)
+    acc_nr = tl.zeros((rows_n.shape[0], rows_r.shape[0]), tl.float32)
+    for k in tl.range(k_start, k_end, BK, num_stages=STAGES):
+        if GROUP == "contraction": k = tl.multiple_of(k, 16)
+        c = k + tl.arange(0, BK)
+        if FORM == "decoded": w_nk = tl.load(w + rows_n[:, None] * W_ROW + c[None, :], mask=(c < k_end)[None, :], other=0.0)
+        else: w_nk = _load_codes(w, w_scales, rows_n, k // 8 + j, k // WIDTH + q, k_end, W_ROW, W_SCALES, WIDTH, EVEN, ORDER, GPU)
+        if FORM == "codes": x_rk = _load_codes(x, x_scales, rows_r, k // 8 + j, k // WIDTH + q, k_end, X_ROW, X_SCALES, WIDTH, EVEN, ORDER, GPU)
+        else:
+            live = live_r[:, None] if EVEN or FORM == "ordered" else live_r[:, None] & (c < k_end)[None, :]
+            x_rk = tl.load(x + rows_r[:, None] * X_ROW + c[None, :], mask=live, other=0.0)
+            if FORM == "natural": x_rk = _reorder(x_rk, ORDER)
+        acc_nr = _dot(w_nk.to(x_rk.dtype), x_rk.T, acc_nr, GPU)
+    return acc_nr
+
+
+@triton.jit
+def _fused_kernel(out, x, x_scales, x_global, w, w_scales, w_global, ends_e, tile_e, tile_r, R, N, K, E, X_ROW, X_SCALES, W_ROW, W_SCALES, STEPS,
+                  XG_E, XG_R, XG_Q, WG_E, WG_R, WG_Q, GROUP: tl.constexpr, FORM: tl.constexpr, ORDER: tl.constexpr, SCALED: tl.constexpr,
+                  WIDTH: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr, UNDO: tl.constexpr, GPU: tl.constexpr,
                   BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr):
-    """One [BN, BM] tile of w · xᵀ. x [R, K] in 16 (32) bits or in words of codes, w [N, K] or [E, N, K] in words of codes."""
+    """One [BN, BM] tile of w · xᵀ. w [N, K] or [E, N, K] in words of codes, x [R, K]; FORM: x in words of codes ("codes"), in 16 (32) bits as
+    it is ("natural") or reordered ("ordered"), or both operands "decoded"."""
     # 1. which expert, which rows, which part of the contraction
     e, tile_n, r_start, r_end, k_start, k_end = _place(ends_e, tile_e, tile_r, R, N, K, E, GROUP, BN, BM)
     if GROUP == "rows":
@@ -249,33 +301,55 @@ def _fused_kernel(out, x, x_scales, x_global, w, w_scales, w_global, ends_e, til
     r = r_start + tl.arange(0, BM)
     rows_n, rows_r = tl.minimum(n, N - 1).to(tl.int64), tl.minimum(r, R - 1).to(tl.int64)
     if GROUP == "rows": rows_n += e.to(tl.int64) * N
-    j, q = tl.arange(0, BK // 8), tl.arange(0, BK // WIDTH)
-    acc_nr = tl.zeros((BN, BM), tl.float32)
-    for k in tl.range(k_start, k_end, BK, num_stages=STAGES):
-        if GROUP == "contraction": k = tl.multiple_of(k, 16)
-        w_nk = _load_codes(w, w_scales, rows_n, k // 8 + j, k // WIDTH + q, k_end, W_WORDS, W_SCALES, WIDTH, EVEN, GPU)
-        if X_CODES: x_rk = _load_codes(x, x_scales, rows_r, k // 8 + j, k // WIDTH + q, k_end, X_ROW, X_SCALES, WIDTH, EVEN, GPU)
-        else:
-            c = k + tl.arange(0, BK)
-            live = (r < r_end)[:, None] if EVEN else (r < r_end)[:, None] & (c < k_end)[None, :]
-            x_rk = _reorder(tl.load(x + rows_r[:, None] * X_ROW + c[None, :], mask=live, other=0.0))
-        acc_nr = _dot(w_nk.to(x_rk.dtype), x_rk.T, acc_nr, GPU)
+    acc_nr = _tile_sum(x, x_scales, w, w_scales, rows_n, rows_r, r < r_end, k_start, k_end, X_ROW, X_SCALES, W_ROW, W_SCALES, GROUP, FORM, ORDER,
+                       WIDTH, EVEN, GPU, BK, STAGES)
 
     # 3. the global scales, and the store
-    _finish(out, acc_nr, x_global, w_global, e, n, r, r_end, k_start, R, N, K, XG_E, XG_R, XG_Q, WG_E, WG_R, WG_Q, GROUP, SCALED, WIDTH, UNDO, GPU)
+    _finish(out, tl.program_id(1), acc_nr, x_global, w_global, e, n, r, r_end, k_start, R, N, K, XG_E, XG_R, XG_Q, WG_E, WG_R, WG_Q, GROUP, SCALED,
+            WIDTH, UNDO, GPU)
 
 
 @triton.jit
-def _sum_kernel(out, parts, SIZE, SPLIT: tl.constexpr, GPU: tl.constexpr, BLOCK: tl.constexpr):
-    """The parts of a cut contraction, added in order: the same result in every run."""
+def _shares_kernel(parts, x, w, w_scales, w_global, R, N, K, X_ROW, W_ROW, W_SCALES, STEPS, SHARE, WG_E, WG_R, WG_Q, ORDER: tl.constexpr,
+                   WIDTH: tl.constexpr, EVEN: tl.constexpr, UNDO: tl.constexpr, GPU: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+                   BK: tl.constexpr, STAGES: tl.constexpr):
+    """Few rows of x, reordered: all [BN, BK] blocks of w in one line, tile after tile, cut into shares of equal length."""
+    first = tl.program_id(0) * SHARE
+    end = tl.minimum(first + SHARE, (N + BN - 1) // BN * STEPS)
+    r = tl.arange(0, BM)
+    rows_r = tl.minimum(r, R - 1).to(tl.int64)
+    for tile in range(first // STEPS, (end + STEPS - 1) // STEPS):
+        n = tile * BN + tl.arange(0, BN)
+        k_start, k_end = tl.maximum(first - tile * STEPS, 0) * BK, tl.minimum(tl.minimum(end - tile * STEPS, STEPS) * BK, K)
+        acc_nr = _tile_sum(x, x, w, w_scales, tl.minimum(n, N - 1).to(tl.int64), rows_r, r < R, k_start, k_end, X_ROW, 0, W_ROW, W_SCALES, "whole",
+                           "ordered", ORDER, WIDTH, EVEN, GPU, BK, STAGES)
+        part = tl.program_id(0) - tile * STEPS // SHARE
+        _finish(parts, part, acc_nr, w_global, w_global, 0, n, r, R, 0, R, N, K, 0, 0, 0, WG_E, WG_R, WG_Q, "whole", False, WIDTH, UNDO, GPU)
+
+
+@triton.jit
+def _sum_kernel(out, parts, SIZE, N, STEPS, SHARE, SPLIT: tl.constexpr, BN: tl.constexpr, GPU: tl.constexpr, BLOCK: tl.constexpr):
+    """The parts of a cut contraction, added in order: the same result in every run. With shares, a tile has as many parts as shares touch it."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    step = (i % N // BN * STEPS).to(tl.int32)
+    count = (step + STEPS - 1) // SHARE - step // SHARE + 1
     total = tl.zeros((BLOCK,), tl.float32)
     for part in tl.static_range(SPLIT):
-        total += tl.load(parts + part * SIZE + i, mask=i < SIZE, other=0.0)
+        total += tl.load(parts + part * SIZE + i, mask=(i < SIZE) & (part < count), other=0.0)
     tl.store(out + i, _rounded(total, out.dtype.element_ty, GPU), mask=i < SIZE)
 
 
 # ---- the dense kernel, and the native one
+
+@triton.jit
+def _finish_dense(out, acc_mn, a_global, b_global, m, n, M, N, AG_R, BG_R, SCALED: tl.constexpr, UNDO: tl.constexpr, GPU: tl.constexpr):
+    """The global scales, one rounding, and the store of a tile that begins at row m, column n."""
+    m, n = m + tl.arange(0, acc_mn.shape[0]), n + tl.arange(0, acc_mn.shape[1])
+    acc_mn *= (UNDO * tl.load(b_global + n * BG_R, mask=n < N, other=0.0))[None, :]
+    if SCALED: acc_mn *= tl.load(a_global + m * AG_R, mask=m < M, other=0.0)[:, None]
+    y_mn = _rounded(acc_mn, out.dtype.element_ty, GPU)
+    tl.store(out + m.to(tl.int64)[:, None] * N + n[None, :], y_mn, mask=(m < M)[:, None] & (n < N)[None, :])
+
 
 @triton.jit
 def _dense_kernel(out, a, b, a_global, b_global, M, N, K, AG_R, BG_R, SCALED: tl.constexpr, UNDO: tl.constexpr, GPU: tl.constexpr,
@@ -287,11 +361,12 @@ def _dense_kernel(out, a, b, a_global, b_global, M, N, K, AG_R, BG_R, SCALED: tl
         acc_mn = tl.zeros((BM, BN), tl.float32)
         for k in tl.range(0, K, BK, num_stages=STAGES):
             acc_mn = _dot(a.load([tile_m * BM, k]), b.load([tile_n * BN, k]).T, acc_mn, GPU)
-        m, n = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)
-        acc_mn *= (UNDO * tl.load(b_global + n * BG_R, mask=n < N, other=0.0))[None, :]
-        if SCALED: acc_mn *= tl.load(a_global + m * AG_R, mask=m < M, other=0.0)[:, None]
-        y_mn = _rounded(acc_mn, out.dtype.element_ty, GPU)
-        tl.store(out + m.to(tl.int64)[:, None] * N + n[None, :], y_mn, mask=(m < M)[:, None] & (n < N)[None, :])
+        # NOTE: a tile passes through shared memory on its way out, beside the operands; of 32-bit results only half of a tile fits there
+        if out.dtype.element_ty == tl.float32:
+            left, right = tl.split(tl.permute(tl.reshape(acc_mn, (BM, 2, BN // 2)), (0, 2, 1)))
+            _finish_dense(out, left, a_global, b_global, tile_m * BM, tile_n * BN, M, N, AG_R, BG_R, SCALED, UNDO, GPU)
+            _finish_dense(out, right, a_global, b_global, tile_m * BM, tile_n * BN + BN // 2, M, N, AG_R, BG_R, SCALED, UNDO, GPU)
+        else: _finish_dense(out, acc_mn, a_global, b_global, tile_m * BM, tile_n * BN, M, N, AG_R, BG_R, SCALED, UNDO, GPU)
 
 
 @triton.jit
@@ -317,7 +392,8 @@ def _native_kernel(out, x, x_scales, x_global, w, w_scales, w_global, ends_e, ti
         if WIDTH == 16:       # dot_scaled tells the format of the scales by their dtype: bytes are powers of two
             x_scale_rq, w_scale_nq = x_scale_rq.to(tl.float8e4nv, bitcast=True), w_scale_nq.to(tl.float8e4nv, bitcast=True)
         acc_rn = tl.dot_scaled(x_rc, x_scale_rq, "e2m1", w_nc.T, w_scale_nq, "e2m1", acc_rn)
-    _finish(out, acc_rn.T, x_global, w_global, e, n, r, r_end, k_start, R, N, K, XG_E, XG_R, XG_Q, WG_E, WG_R, WG_Q, GROUP, True, WIDTH, 1.0, GPU)
+    _finish(out, tl.program_id(1), acc_rn.T, x_global, w_global, e, n, r, r_end, k_start, R, N, K, XG_E, XG_R, XG_Q, WG_E, WG_R, WG_Q, GROUP, True,
+            WIDTH, 1.0, GPU)
 
 
 # ---- host side
@@ -366,14 +442,28 @@ def _list_row_tiles(offsets_e: Tensor, rows: int, block_m: int) -> tuple[Tensor,
     return tile_e, tile_r
 
 
-def _decoded(q, dtype: torch.dtype) -> Tensor:
-    """Codes times block scales, exact in 16 bits, without the global scale."""
+def _decoded(q, dtype: torch.dtype, step: int = 0, order: int = 0) -> Tensor:
+    """Codes times block scales, exact in 16 bits, without the global scale; in the order of the product's steps of that many columns, if given."""
     rows, k = q.shape
-    out = torch.empty(rows, k, dtype=dtype, device=q.codes.device)
     tiles = _tiles("decode", rows, 0, k, 1, dtype)
+    if step: tiles = {**tiles, "BK": step, "BR": max(1, 4096 // step)}
+    row = triton.cdiv(k, step) * step if step else k
+    out = torch.empty(rows, row, dtype=dtype, device=q.codes.device)
     _decode_kernel[(triton.cdiv(rows, tiles["BR"]), triton.cdiv(k, tiles["BK"]))](
-        out, _words(q), _scale_bytes(q), rows, k, k // 8, k // q.block[1], WIDTH=q.block[1], GPU=_compiled(), **tiles)
+        out, _words(q), _scale_bytes(q), rows, k, row, k // 8, k // q.block[1], ORDER=order, WIDTH=q.block[1], GPU=_compiled(), **tiles)
     return out
+
+
+def _reordered(x: Tensor, step: int, order: int) -> Tensor:
+    """x [r, k] in the order of the product's steps of that many columns, with zeros behind the last one."""
+    (rows, k), block_r = x.shape, min(triton.next_power_of_2(len(x)), max(1, 2048 // step))
+    out = x.new_empty(rows, triton.cdiv(k, step) * step)
+    _reorder_kernel[(triton.cdiv(rows, block_r), triton.cdiv(k, step))](out, x, rows, k, x.stride(0), out.shape[1], ORDER=order, BR=block_r, BK=step)
+    return out
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132 if _compiled() else 4
 
 
 def _compiled() -> bool: return isinstance(_fused_kernel, triton.runtime.jit.JITFunction)
@@ -385,9 +475,8 @@ def _dense(x, w, out_dtype: torch.dtype, dtype: torch.dtype, tiles: dict) -> Ten
     a, b = _decoded(x, dtype) if codes else x.contiguous(), _decoded(w, dtype)
     if a.data_ptr() % 16: a = a.clone()                    # a descriptor's rows start at multiples of 16 bytes
     out = torch.empty(len(a), len(b), dtype=out_dtype, device=a.device)
-    programs = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 4
     bm, bn, bk = (tiles[name] for name in ("BM", "BN", "BK"))
-    grid = min(programs, triton.cdiv(len(a), bm) * triton.cdiv(len(b), bn))
+    grid = min(_processors(a.device), triton.cdiv(len(a), bm) * triton.cdiv(len(b), bn))
     _dense_kernel[(grid,)](out, TensorDescriptor.from_tensor(a, [bm, bk]), TensorDescriptor.from_tensor(b, [bn, bk]),
                            x.global_scale if codes else w.global_scale, w.global_scale, len(a), len(b), a.shape[1],
                            _global_strides(x)[1] if codes else 0, _global_strides(w)[1], SCALED=codes, UNDO=_owed(w) * (_owed(x) if codes else 1),
@@ -396,29 +485,59 @@ def _dense(x, w, out_dtype: torch.dtype, dtype: torch.dtype, tiles: dict) -> Ten
     return out
 
 
+def _order(tiles: dict) -> int:
+    """The parts of `_reorder` that make the words of one thread neighbours: wgmma deals pairs of columns to four threads, mma here eight columns."""
+    return tiles.get("order") or (4 if tiles["BN"] >= 64 and tiles["BM"] >= 16 and tiles["num_warps"] % 4 == 0 else 1)
+
+
 def _fused(x, w, offsets_e: Tensor | None, group: str, out_dtype: torch.dtype, tiles: dict) -> Tensor:
     """Decode inside the product. Grouped contraction: the result is [e, rows of w, rows of x]."""
     quantized, (rows, k), n = not isinstance(x, Tensor), x.shape, w.shape[-2]
-    codes = quantized and not tiles.get("scratch")         # scratch: x decoded once and not once per n tile
     experts, device, split = 1 if offsets_e is None else len(offsets_e), w.codes.device, tiles["split"]
-    bn, bm, bk, width = tiles["BN"], tiles["BM"], tiles["BK"], w.block[1]
+    bn, bm, bk, width, order = tiles["BN"], tiles["BM"], tiles["BK"], w.block[1], _order(tiles)
+    # scratch: x decoded once and not once per n tile; in a grouped contraction w as well
+    form = "codes" if quantized and not tiles["scratch"] else "decoded" if group == "contraction" else "ordered" if tiles["ordered"] else "natural"
     shape = (experts, n, rows) if group == "contraction" else (rows, n)
     out = torch.empty(shape, dtype=out_dtype, device=device)
     parts = out if split == 1 else torch.empty(split, *shape, dtype=torch.float32, device=device)
-    if codes: x_words, x_scales = _words(x), _scale_bytes(x)
-    elif quantized: x_words, x_scales = _decoded(x, torch.bfloat16), out
-    else: x_words, x_scales = x if x.stride(1) == 1 else x.contiguous(), out
+    w_words, w_row = (_words(w), k // 8) if form != "decoded" else (_decoded(w, torch.bfloat16), k)
+    if form == "codes": x_words, x_scales = _words(x), _scale_bytes(x)
+    elif quantized: x_words, x_scales = _decoded(x, torch.bfloat16, *((bk, order) if form == "ordered" else ())), out
+    else:
+        x_words, x_scales = x if x.stride(1) == 1 else x.contiguous(), out
+        if form == "ordered": x_words = _reordered(x_words, bk, order)
     tile_e, tile_r = _list_row_tiles(offsets_e, rows, bm) if group == "rows" else (out, out)
     tiles_x = len(tile_e) if group == "rows" else triton.cdiv(rows, bm) * (experts if group == "contraction" else 1)
+    even = group != "contraction" and k % (split * bk) == 0
     _fused_kernel[(triton.cdiv(n, bn) * tiles_x, split)](
-        parts, x_words, x_scales, x.global_scale if quantized else w.global_scale, _words(w), _scale_bytes(w), w.global_scale,
-        out if offsets_e is None else offsets_e, tile_e, tile_r, rows, n, k, experts, x_words.stride(0), k // width, k // 8, k // width,
+        parts, x_words, x_scales, x.global_scale if quantized else w.global_scale, w_words, _scale_bytes(w), w.global_scale,
+        out if offsets_e is None else offsets_e, tile_e, tile_r, rows, n, k, experts, x_words.stride(0), k // width, w_row, k // width,
         triton.cdiv(k, split * bk), *(_global_strides(x) if quantized else (0, 0, 0)), *_global_strides(w),
-        GROUP=group, X_CODES=codes, SCALED=quantized, WIDTH=width, SPLIT=split,
-        EVEN=group != "contraction" and k % (split * bk) == 0, UNDO=_owed(w) * (_owed(x) if quantized else 1), GPU=_compiled(),
-        BN=bn, BM=bm, BK=bk, STAGES=tiles["num_stages"], num_warps=tiles["num_warps"])
-    if split > 1:
-        _sum_kernel[(triton.cdiv(out.numel(), 1024),)](out, parts, out.numel(), SPLIT=split, GPU=_compiled(), BLOCK=1024)
+        GROUP=group, FORM=form, ORDER=order, SCALED=quantized, WIDTH=width, SPLIT=split, EVEN=even,
+        UNDO=_owed(w) * (_owed(x) if quantized else 1), GPU=_compiled(),
+        BN=bn, BM=bm, BK=bk, STAGES=tiles["num_stages"], num_warps=tiles["num_warps"], maxnreg=tiles["maxnreg"])
+    if split > 1:          # steps = split in shares of one: every tile has all parts
+        _sum_kernel[(triton.cdiv(out.numel(), 256),)](out, parts, out.numel(), n, split, 1, SPLIT=split, BN=bn, GPU=_compiled(), BLOCK=256,
+                                                      num_warps=2)
+    return out
+
+
+def _shares(x: Tensor, w, out_dtype: torch.dtype, tiles: dict) -> Tensor:
+    """x · wᵀ for few rows of x: equal shares of w's blocks for a number of programs, then the sums of the tiles that were cut."""
+    (rows, k), n = x.shape, w.shape[0]
+    bn, bm, bk, width, order = tiles["BN"], tiles["BM"], tiles["BK"], w.block[1], _order(tiles)
+    steps = triton.cdiv(k, bk)
+    work = triton.cdiv(n, bn) * steps
+    share = triton.cdiv(work, min(work, _processors(x.device) * tiles["shares"]))
+    out = x.new_empty(rows, n, dtype=out_dtype)
+    parts = x.new_empty(triton.cdiv(steps - 1, share) + 1, rows, n, dtype=torch.float32)
+    x_words = _reordered(x if x.stride(1) == 1 else x.contiguous(), bk, order)
+    _shares_kernel[(triton.cdiv(work, share),)](
+        parts, x_words, _words(w), _scale_bytes(w), w.global_scale, rows, n, k, x_words.stride(0), k // 8, k // width, steps, share,
+        *_global_strides(w), ORDER=order, WIDTH=width, EVEN=k % bk == 0, UNDO=_owed(w), GPU=_compiled(), BN=bn, BM=bm, BK=bk,
+        STAGES=tiles["num_stages"], num_warps=tiles["num_warps"], maxnreg=tiles["maxnreg"])
+    _sum_kernel[(triton.cdiv(out.numel(), 256),)](out, parts, out.numel(), n, steps, share, SPLIT=len(parts), BN=bn, GPU=_compiled(), BLOCK=256,
+                                                  num_warps=2)
     return out
 
 
@@ -449,7 +568,7 @@ def matmul(a, b, offsets_e: Tensor | None = None, out_dtype: torch.dtype | None 
     if not experts * rows * n * k:
         return torch.zeros((experts, n, rows) if group == "contraction" else (rows, n), dtype=out_dtype, device=a.codes.device)
     if _native(a.codes.device): return _native_product(x, w, offsets_e, group, out_dtype)
-    tiles = _tiles(group, rows, n, k, experts, torch.bfloat16)
+    tiles = _tiles(group, rows, n, k, experts, torch.bfloat16, True)
     return _dense(x, w, out_dtype, torch.bfloat16, tiles) if tiles.get("dense") else _fused(x, w, offsets_e, group, out_dtype, tiles)
 
 
@@ -463,7 +582,9 @@ def _weights_only(x: Tensor, w, offsets_e: Tensor | None) -> Tensor:
     (rows, k), n, experts = x_rk.shape, w.shape[-2], 1 if offsets_e is None else len(offsets_e)
     if not rows * n * k * experts: return x.new_zeros(*x.shape[:-1], n)
     tiles = _tiles("rows" if group == "rows" else "whole", rows, n, k, experts, x_rk.dtype)
-    y_rn = _dense(x_rk, w, x.dtype, x_rk.dtype, tiles) if tiles.get("dense") else _fused(x_rk, w, offsets_e, group, x.dtype, tiles)
+    if tiles.get("dense"): y_rn = _dense(x_rk, w, x.dtype, x_rk.dtype, tiles)
+    elif tiles["shares"]: y_rn = _shares(x_rk, w, x.dtype, tiles)
+    else: y_rn = _fused(x_rk, w, offsets_e, group, x.dtype, tiles)
     return y_rn.view(*x.shape[:-1], n)
 
 

@@ -4,24 +4,32 @@ The idea. Inside a chunk of L tokens everything is a matrix product, between chu
     y = (C Bᵀ * decay) u + into * (C Sᵀ)          S <- keep * S + (out * u)ᵀ B           u = dt x
 The length of a chunk does not change the result, so `chunk` is checked and the kernels take their own.
 
-    forward, many heads: one program a head (or two heads of a group, which then share what they read of B and C)
+    forward, many heads: one program a head
 
         x  │ L×p │ L×p │ L×p │ ..      time ->             scores = C Bᵀ [L, L], masked and faded
         B  │ L×n │ L×n │ L×n │ ..                          y = C Sᵀ * into + (scores * decay * dt) x + D x
         C  │ L×n │ L×n │ L×n │ ..                          S [p, n] in fp32 registers from the first chunk to the last
              └─S──>└─S──>└─S──> state
 
+        A program's chunks wait for each other, so its time is what it waits for. Nothing is asked for and used in the same chunk: x, and what the
+        last products need, are loaded one chunk ahead; Triton's pipeline copies B and C into shared memory while y is written.
+
     forward, few heads: not enough programs to fill a GPU, so time is cut too: 1. what every chunk adds to the state, all at once;
         2. the short walk over chunks that adds these up; 3. the outputs of every chunk, all at once.
     backward: the same walk (or the same three steps) from the last chunk to the first gives dS at the end of every chunk. Then one program a
-        chunk and group loops over the group's heads: dB, dC and the gradient of C Bᵀ gather in registers, so no head writes its own.
+        chunk and group loops over the group's heads, so that sums over heads gather in registers, and no head writes its own. In two kernels,
+        for one that does it all has more live tiles than registers:
+            what tokens read     x, dy, S  -> dC [L, n], the gradient of C Bᵀ [L, L]        y_t = into_t S C_t + ..
+            what tokens wrote    x, dy, dS -> dB [L, n], dx of every head                   du_s = out_s dS B_s + ..
+        The gradient of the running sums needs <dS, S> as well: the second kernel reads S for it.
 
 The steps (running sums of dt A, their exponentials, borders of documents, padding) are worked out once in a small kernel. A document's
 border makes entries of decay, into, out or keep 0; padding has dt = 0 and its x and dy are read as 0.
 
 What must move at Ultra's layer (t 8192, h 256, p 64, g 8, n 128, bf16): x and y 2 × 268 MB, B and C 2 × 17 MB; but every head reads B and C from
-the L2 cache, 512 bytes a token beside 256 for its own x and y: two heads a program halve that. Products at L = 64: 2·(2 p n + L p + L n) FLOPs a
-head and token, 120 GFLOP. A gradient keeps the state of every chunk: 537 MB in bf16. The backward pass moves 2.7 GB and multiplies 170 GFLOP.
+the L2 cache, 512 bytes a token beside 256 for its own x and y. Products at L = 64: 2·(2 p n + L p + L n) FLOPs a
+head and token, 120 GFLOP. A gradient keeps the state of every chunk: 537 MB in bf16. The backward pass moves 3.7 GB (the walk 0.8, the kernels
+of what was read and written 1.1 and 1.8) and multiplies 206 GFLOP.
 
 Precision: products take operands in the inputs' dtype (fp32 exactly, without TF32) and sum in fp32; S is rounded for the product that reads it,
 never where it is carried. float64 is computed in fp32: the tensor cores' fp64 products are not worth a second set of tiles.
@@ -49,11 +57,12 @@ def _tiles(b: int, t: int, h: int, g: int, p: int, n: int, size: int) -> dict:
     programs, splits = b * g * triton.cdiv(t, chunk), 1
     while programs * splits < 132 and j % (2 * splits) == 0: splits *= 2
     wide, stages = triton.next_power_of_2(p) * triton.next_power_of_2(n) > 64 * 128 or (size == 4 and big), 2 if size < 4 else 1
+    deep = 3 if size < 4 and not wide else 1                                                # the next head's tiles come while one is worked on
     return dict(chunk=chunk, walk=b * h >= 96,                                              # walk: one program a head, not three steps
-                scan=dict(HEADS=1, READ=False, num_warps=8 if wide else 4, num_stages=stages),
-                back=dict(HEADS=1, num_warps=8 if wide else 4, num_stages=stages),
+                scan=dict(AHEAD=2, LATE=0, TURN=False, num_warps=8 if wide else 4, num_stages=stages),
+                back=dict(AHEAD=True, LATE=False, num_warps=8, num_stages=deep),
                 add=dict(num_warps=8 if wide else 4, num_stages=1), outputs=dict(num_warps=8 if wide else 4, num_stages=1),
-                grads=dict(num_warps=8, num_stages=stages), splits=splits)
+                grads_read=dict(num_warps=8, num_stages=deep), grads_write=dict(EARLY=True, num_warps=8, num_stages=deep), splits=splits)
 
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -107,22 +116,29 @@ def _steps(dt_ptr, A_ptr, segment_ptr, seen_ptr, steps_ptr, keep_ptr, dt_b, dt_t
 
 
 @triton.jit
-def _steps_backward(dsteps_ptr, dt_ptr, A_ptr, seen_ptr, ddt_ptr, dA_ptr, dt_b, dt_t, dt_h, t, h, L: tl.constexpr, H: tl.constexpr,
-                    DOCS: tl.constexpr):
-    """dt A of a token is part of every later cs of its chunk: sum the gradient of cs from behind. dA_ptr takes one partial sum a chunk."""
+def _steps_backward(dsteps_ptr, ends_ptr, dt_ptr, A_ptr, seen_ptr, ddt_ptr, dA_ptr, dD_ptr, dt_b, dt_t, dt_h, t, h, L: tl.constexpr,
+                    H: tl.constexpr, P: tl.constexpr, DOCS: tl.constexpr):
+    """dt A of a token is part of every later cs of its chunk: sum the gradient of cs from behind. dA_ptr and dD_ptr take a partial sum a chunk.
+
+    The gradient of cs: <dy, y - D x> at the reader, -<du, u> at the one that is read, <dS, S> of the chunk's end at its last token.
+    """
     c, b, chunks = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
     i, head = tl.arange(0, L), tl.program_id(2) * H + tl.arange(0, H)
     token, here, long = c * L + i, head < h, chunks * L
     real = token < t
     if DOCS: real = tl.load(seen_ptr + b * long + token) >= 0
-    at = dsteps_ptr + (b * h + head[None, :]) * 2 * long + token[:, None]
-    da = tl.cumsum(tl.load(at, mask=here[None, :], other=0.0), 0, reverse=True)
-    dux = tl.load(at + long, mask=here[None, :], other=0.0)
+    at = dsteps_ptr + (b * h + head[None, :]) * 4 * long + token[:, None]
+    dyy, dux = tl.load(at, mask=here[None, :], other=0.0), tl.load(at + long, mask=here[None, :], other=0.0)
+    far, dyx = tl.load(at + 2 * long, mask=here[None, :], other=0.0), tl.load(at + 3 * long, mask=here[None, :], other=0.0)
+    end = tl.load(ends_ptr + ((b * h + head[:, None]) * chunks + c) * P + tl.arange(0, P)[None, :], mask=here[:, None], other=0.0)
     dt = tl.load(dt_ptr + b * dt_b + token[:, None].to(tl.int64) * dt_t + head[None, :] * dt_h, mask=real[:, None] & here[None, :], other=0.0)
     A = tl.load(A_ptr + head, mask=here, other=0.0)
-    ddt = tl.where(real[:, None], dux + A[None, :] * da, 0.0)       # a padding token's dt counts as 0, whatever it is
+    end = tl.sum(end, 1) + tl.sum(far * dt, 0)
+    da = tl.cumsum(dyy - dt * (dux + far) + tl.where((i == L - 1)[:, None], end[None, :], 0.0), 0, reverse=True)
+    ddt = tl.where(real[:, None], dux + far + A[None, :] * da, 0.0)       # a padding token's dt counts as 0, whatever it is
     tl.store(ddt_ptr + (b * t + token[:, None]) * h + head[None, :], ddt, mask=(token < t)[:, None] & here[None, :])
     tl.store(dA_ptr + (b * chunks + c) * h + head, tl.sum(da * dt, 0), mask=here)
+    tl.store(dD_ptr + (b * chunks + c) * h + head, tl.sum(dyx, 0), mask=here)
 
 
 # --- pieces
@@ -173,17 +189,16 @@ def _tokens(seen_ptr, lo, t, L: tl.constexpr, DOCS: tl.constexpr):
 
 
 @triton.jit
-def _outputs_of(x, C, scores, S, D, steps_ptr, long, seen, L: tl.constexpr, DOCS: tl.constexpr):
-    """y [t, p] of one head in one chunk, from the state S [p, n] before it."""
+def _outputs_of(x, C, scores, ST, D, cs, dt, into, seen, L: tl.constexpr, DOCS: tl.constexpr):
+    """y [t, p] of one head in one chunk, from the state before it, transposed: [n, p]."""
     i = tl.arange(0, L)
-    cs, dt, into = tl.load(steps_ptr + i), tl.load(steps_ptr + long + i), tl.load(steps_ptr + 2 * long + i)
     visible = i[:, None] >= i[None, :]
     if DOCS: visible &= seen[:, None] == seen[None, :]
     # PITFALL: mask before exp2. Above the diagonal cs_t - cs_s is positive: exp2 gives inf, and inf times a mask's 0 is NaN.
     M = scores * tl.exp2(tl.where(visible, cs[:, None] - cs[None, :], float("-inf"))) * dt[None, :]
     # NOTE: the second product does not continue the first one's sums. Triton would lay chained products out with all warps above each other,
     # and with 8 warps half of them would repeat the others' 64 rows.
-    return _dot(_cast(M, x.dtype), x, None) + _dot(C, tl.trans(_cast(S, C.dtype)), None) * into[:, None] + D * x
+    return _dot(_cast(M, x.dtype), x, None) + _dot(C, _cast(ST, C.dtype), None) * into[:, None] + D * x
 
 
 @triton.jit
@@ -192,68 +207,85 @@ def _add(S, x, weight, B):
     return _dot(tl.trans(_cast(x * weight[:, None], B.dtype)), B, S)
 
 
-# --- scores = C Bᵀ of every chunk and group, [b, chunks, g, L, L]: once, not once a head
-
-@triton.jit
-def _scores(B_ptr, C_ptr, scores_ptr, B_b, B_t, B_g, C_b, C_t, C_g, t, n: tl.constexpr, N: tl.constexpr, L: tl.constexpr):
-    c, group, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    inside = tl.program_id(0) * L + tl.arange(0, L) < t
-    B = _tile(B_ptr + b * B_b + c * L * B_t + group * B_g, B_t, inside, n, N, L)
-    C = _tile(C_ptr + b * C_b + c * L * C_t + group * C_g, C_t, inside, n, N, L)
-    scores_ptr += ((b * tl.num_programs(0) + c) * tl.num_programs(1) + group) * L * L
-    _put(scores_ptr, L, None, _dot(C, tl.trans(B), None), L, L, L)
-
-
 # --- forward, many heads
 
 @triton.jit
-def _advance(x_ptr, x_t, y_ptr, y_t, states_ptr, steps_ptr, keep_ptr, S, D, B, C, scores, inside, real, seen, long,
-             p: tl.constexpr, n: tl.constexpr, P: tl.constexpr, N: tl.constexpr, L: tl.constexpr, DOCS: tl.constexpr, KEEP: tl.constexpr):
-    """One head, one chunk: writes y (and the state before the chunk), returns the state after it."""
-    x, i = _tile(x_ptr, x_t, real, p, P, L), tl.arange(0, L)
-    if KEEP: _put(states_ptr, n, _rows_of(p, P), S, n, N, P)
-    _put(y_ptr, y_t, inside, _outputs_of(x, C, scores, S, D, steps_ptr, long, seen, L, DOCS), p, P, L)
-    return _add(S * tl.load(keep_ptr), x, tl.load(steps_ptr + long + i) * tl.load(steps_ptr + 3 * long + i), B)
+def _ends(steps_ptr, keep_ptr, long):
+    """What a chunk's last products wait for: into, dt, out and keep."""
+    return tl.load(steps_ptr + 2 * long), tl.load(steps_ptr + long), tl.load(steps_ptr + 3 * long), tl.load(keep_ptr)
 
 
 @triton.jit
-def _scan(x_ptr, B_ptr, C_ptr, D_ptr, steps_ptr, keep_ptr, seen_ptr, scores_ptr, first_ptr, y_ptr, states_ptr, last_ptr, x_b, x_t, x_h,
+def _grow(S, x, weight, keep, B, TURN: tl.constexpr):
+    """The state after a chunk. TURN: of [n, p]; the tensor cores read Bᵀ straight from where B lies, (weight * x)ᵀ must be turned over first."""
+    return _dot(tl.trans(B), _cast(x * weight[:, None], B.dtype), S * keep) if TURN else _add(S * keep, x, weight, B)
+
+
+@triton.jit
+def _write(y_ptr, y_t, states_ptr, y, S, inside, p: tl.constexpr, n: tl.constexpr, P: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
+           KEEP: tl.constexpr, TURN: tl.constexpr):
+    """A chunk's outputs, and the state before it."""
+    _put(y_ptr, y_t, inside, y, p, P, L)
+    if KEEP: _put(states_ptr, n, _rows_of(p, P), tl.trans(S) if TURN else S, n, N, P)
+
+
+@triton.jit
+def _scan(x_ptr, B_ptr, C_ptr, D_ptr, steps_ptr, keep_ptr, seen_ptr, first_ptr, y_ptr, states_ptr, last_ptr, x_b, x_t, x_h,
           B_b, B_t, B_g, C_b, C_t, C_g, t, chunks, h, j, p: tl.constexpr, n: tl.constexpr, P: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
-          DOCS: tl.constexpr, KEEP: tl.constexpr, READ: tl.constexpr, HEADS: tl.constexpr):
-    """One program walks with HEADS (1 or 2) neighbouring heads of one group from the first chunk to the last. READ: scores are in memory."""
-    bh = tl.program_id(0).to(tl.int64) * HEADS
+          DOCS: tl.constexpr, KEEP: tl.constexpr, AHEAD: tl.constexpr, LATE: tl.constexpr, TURN: tl.constexpr):
+    """One program walks with one head from the first chunk to the last.
+
+    AHEAD: what is loaded by hand one chunk before its use, and carried in registers: 1 the vectors, 2 x too.
+    LATE: what is done while the next chunk's B and C are on their way: 1 the writes, 2 the product for the state too.
+    """
+    bh, i = tl.program_id(0).to(tl.int64), tl.arange(0, L)
     b, head, long = bh // h, bh % h, chunks * L
     x_ptr += b * x_b + head * x_h
     y_ptr += (b * t * h + head) * p
     B_ptr += b * B_b + head // j * B_g
     C_ptr += b * C_b + head // j * C_g
     states_ptr += (b * chunks * h + head) * p * n
-    steps_ptr += bh * 4 * long
+    steps_ptr += bh * 4 * long + i
     keep_ptr += bh * chunks
     seen_ptr += b * long
-    scores_ptr += (b * chunks * (h // j) + head // j) * L * L
     row = _rows_of(p, P)
     S, D = _tile(first_ptr + bh * p * n, n, row, n, N, P), tl.load(D_ptr + head)
-    if HEADS == 2: S2, D2 = _tile(first_ptr + (bh + 1) * p * n, n, row, n, N, P), tl.load(D_ptr + head + 1)
+    if TURN: S = tl.trans(S)
+    if AHEAD >= 1:
+        into, dt, out, keep = _ends(steps_ptr, keep_ptr, long)
+        weight = dt * out
+    if AHEAD >= 2: x_next = _tile(x_ptr, x_t, i < t, p, P, L)
     for c in range(chunks):
         inside, real, seen = _tokens(seen_ptr, c * L, t, L, DOCS)
+        # the last chunk's next one is itself: harmless, and nothing lies beyond the end
+        hop = tl.minimum(chunks - 1 - c, 1)
+        if AHEAD >= 1: into_next, dt, out, keep_next = _ends(steps_ptr + hop * L, keep_ptr + hop, long)
+        else:
+            into, dt, out, keep = _ends(steps_ptr, keep_ptr, long)
+            weight = dt * out
+        if AHEAD >= 2:
+            x = tl.where(real[:, None], x_next, 0.0).to(x_next.dtype) if DOCS else x_next
+            x_next = _tile(x_ptr + tl.cast(hop, tl.int64) * L * x_t, x_t, i + (hop + c) * L < t, p, P, L)
+        else: x = _tile(x_ptr, x_t, real, p, P, L)
         B, C = _tile(B_ptr, B_t, inside, n, N, L), _tile(C_ptr, C_t, inside, n, N, L)
-        scores = _tile(scores_ptr, L, None, L, L, L) if READ else _dot(C, tl.trans(B), None)
-        S = _advance(x_ptr, x_t, y_ptr, h * p, states_ptr, steps_ptr, keep_ptr, S, D, B, C, scores, inside, real, seen, long,
-                     p, n, P, N, L, DOCS, KEEP)
-        if HEADS == 2:
-            S2 = _advance(x_ptr + x_h, x_t, y_ptr + p, h * p, states_ptr + p * n, steps_ptr + 4 * long, keep_ptr + chunks, S2, D2, B, C, scores,
-                          inside, real, seen, long, p, n, P, N, L, DOCS, KEEP)
+        y = _outputs_of(x, C, _dot(C, tl.trans(B), None), S if TURN else tl.trans(S), D, tl.load(steps_ptr), tl.load(steps_ptr + long), into, seen,
+                        L, DOCS)
+        # NOTE: the conditions always hold. Triton's pipeline asks for the next chunk's B and C after a loop's straight code and before its branches:
+        # work in a branch fills the time until they arrive.
+        if LATE < 2: after = _grow(S, x, weight, keep, B, TURN)
+        if LATE == 0: _write(y_ptr, h * p, states_ptr, y, S, inside, p, n, P, N, L, KEEP, TURN)
+        elif c < chunks: _write(y_ptr, h * p, states_ptr, y, S, inside, p, n, P, N, L, KEEP, TURN)
+        if LATE < 2: S = after
+        elif c < chunks: S = _grow(S, x, weight, keep, B, TURN)
+        if AHEAD >= 1: into, weight, keep = into_next, dt * out, keep_next        # multiplied here: earlier, it would wait for the loads
         x_ptr += L * x_t
         y_ptr += L * h * p
         B_ptr += L * B_t
         C_ptr += L * C_t
-        scores_ptr += h // j * L * L
         states_ptr += h * p * n
         steps_ptr += L
         keep_ptr += 1
-    _put(last_ptr + bh * p * n, n, row, S, n, N, P)
-    if HEADS == 2: _put(last_ptr + (bh + 1) * p * n, n, row, S2, n, N, P)
+    _put(last_ptr + bh * p * n, n, row, tl.trans(S) if TURN else S, n, N, P)
 
 
 # --- forward, few heads: three kernels; the first two also serve the backward pass
@@ -297,57 +329,59 @@ def _outputs(x_ptr, B_ptr, C_ptr, D_ptr, steps_ptr, seen_ptr, states_ptr, y_ptr,
     B = _tile(B_ptr + b * B_b + c * L * B_t + head // j * B_g, B_t, inside, n, N, L)
     C = _tile(C_ptr + b * C_b + c * L * C_t + head // j * C_g, C_t, inside, n, N, L)
     S = _tile(states_ptr + ((b * chunks + c) * h + head) * p * n, n, _rows_of(p, P), n, N, P)
-    y = _outputs_of(x, C, _dot(C, tl.trans(B), None), S, tl.load(D_ptr + head), steps_ptr + (b * h + head) * 4 * long + c * L,
-                    long, seen, L, DOCS)
+    steps_ptr += (b * h + head) * 4 * long + c * L + tl.arange(0, L)
+    cs, dt, into = tl.load(steps_ptr), tl.load(steps_ptr + long), tl.load(steps_ptr + 2 * long)
+    y = _outputs_of(x, C, _dot(C, tl.trans(B), None), tl.trans(S), tl.load(D_ptr + head), cs, dt, into, seen, L, DOCS)
     _put(y_ptr + ((b * t + c * L) * h + head) * p, h * p, inside, y, p, P, L)
 
 
 # --- backward
 
 @triton.jit
-def _retreat(dy_ptr, dy_t, dstates_ptr, into_ptr, keep_ptr, dS, C, real, p: tl.constexpr, n: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-             L: tl.constexpr):
-    """One head, one chunk: writes the gradient of the state after the chunk, returns that of the state before it."""
-    _put(dstates_ptr, n, _rows_of(p, P), dS, n, N, P)
-    return _add(dS * tl.load(keep_ptr), _tile(dy_ptr, dy_t, real, p, P, L), tl.load(into_ptr + tl.arange(0, L)), C)
-
-
-@triton.jit
 def _scan_backward(dy_ptr, C_ptr, steps_ptr, keep_ptr, seen_ptr, dlast_ptr, dstates_ptr, dfirst_ptr, dy_b, dy_t, dy_h, C_b, C_t, C_g,
                    t, chunks, h, j, p: tl.constexpr, n: tl.constexpr, P: tl.constexpr, N: tl.constexpr, L: tl.constexpr, DOCS: tl.constexpr,
-                   HEADS: tl.constexpr):
-    """As _scan, from the last chunk to the first, for the gradient of the state alone."""
-    bh = tl.program_id(0).to(tl.int64) * HEADS
+                   AHEAD: tl.constexpr, LATE: tl.constexpr):
+    """As _scan, from the last chunk to the first, for the gradient of the state alone. It writes that of the state after every chunk."""
+    bh, i = tl.program_id(0).to(tl.int64), tl.arange(0, L)
     b, head, long, end = bh // h, bh % h, chunks * L, tl.cast(chunks - 1, tl.int64)
     dy_ptr += b * dy_b + head * dy_h + end * L * dy_t
     C_ptr += b * C_b + head // j * C_g + end * L * C_t
     dstates_ptr += ((b * chunks + end) * h + head) * p * n
-    into_ptr = steps_ptr + bh * 4 * long + 2 * long + end * L
+    into_ptr = steps_ptr + bh * 4 * long + 2 * long + end * L + i
     keep_ptr += bh * chunks + end
     row = _rows_of(p, P)
-    dS = _tile(dlast_ptr + bh * p * n, n, row, n, N, P)
-    if HEADS == 2: dS2 = _tile(dlast_ptr + (bh + 1) * p * n, n, row, n, N, P)
+    dS, keep = _tile(dlast_ptr + bh * p * n, n, row, n, N, P), tl.load(keep_ptr)
+    if AHEAD: dy_next, into_next = _tile(dy_ptr, dy_t, i + end * L < t, p, P, L), tl.load(into_ptr)
     for k in range(chunks):
         inside, real, seen = _tokens(seen_ptr + b * long, (chunks - 1 - k) * L, t, L, DOCS)
+        hop = tl.minimum(chunks - 1 - k, 1)
+        keep_next = tl.load(keep_ptr - hop)
+        if AHEAD:
+            dy, into = tl.where(real[:, None], dy_next, 0.0).to(dy_next.dtype) if DOCS else dy_next, into_next
+            dy_next = _tile(dy_ptr - tl.cast(hop, tl.int64) * L * dy_t, dy_t, i - hop * L + (chunks - 1 - k) * L < t, p, P, L)
+            into_next = tl.load(into_ptr - hop * L)
+        else: dy, into = _tile(dy_ptr, dy_t, real, p, P, L), tl.load(into_ptr)
         C = _tile(C_ptr, C_t, inside, n, N, L)
-        dS = _retreat(dy_ptr, dy_t, dstates_ptr, into_ptr, keep_ptr, dS, C, real, p, n, P, N, L)
-        if HEADS == 2: dS2 = _retreat(dy_ptr + dy_h, dy_t, dstates_ptr + p * n, into_ptr + 4 * long, keep_ptr + chunks, dS2, C, real, p, n, P, N, L)
+        before = _add(dS * keep, dy, into, C)
+        if LATE:
+            if k < chunks: _put(dstates_ptr, n, row, dS, n, N, P)
+        else: _put(dstates_ptr, n, row, dS, n, N, P)
+        dS, keep = before, keep_next
         dy_ptr -= L * dy_t
         C_ptr -= L * C_t
         dstates_ptr -= h * p * n
         into_ptr -= L
         keep_ptr -= 1
     _put(dfirst_ptr + bh * p * n, n, row, dS, n, N, P)
-    if HEADS == 2: _put(dfirst_ptr + (bh + 1) * p * n, n, row, dS2, n, N, P)
 
 
 @triton.jit
-def _grads(x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, steps_ptr, keep_ptr, seen_ptr, scores_ptr, states_ptr, dstates_ptr, dx_ptr, dB_ptr, dC_ptr,
-           dsteps_ptr, dD_ptr, x_b, x_t, x_h, dy_b, dy_t, dy_h, B_b, B_t, B_g, C_b, C_t, C_g, t, h, j, g, p: tl.constexpr, n: tl.constexpr,
-           P: tl.constexpr, N: tl.constexpr, L: tl.constexpr, DOCS: tl.constexpr, SPLITS: tl.constexpr):
-    """One chunk, one group (or a SPLITS-th of its heads): all gradients but those of dt and A, for which it leaves the gradient of cs and <du, x>.
+def _grads_read(x_ptr, dy_ptr, B_ptr, C_ptr, steps_ptr, seen_ptr, states_ptr, pair_ptr, dC_ptr, dsteps_ptr, x_b, x_t, x_h, dy_b, dy_t, dy_h,
+                B_b, B_t, B_g, C_b, C_t, C_g, t, h, j, g, p: tl.constexpr, n: tl.constexpr, P: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
+                DOCS: tl.constexpr, SPLITS: tl.constexpr):
+    """One chunk, one group (or a SPLITS-th of its heads), what its tokens read: dC, the gradient of C Bᵀ, and sums of rows for dt, A and D.
 
-    Matrices lie transposed, [s, t]: token s is read by the later token t. Then du = Mᵀ dy takes M's rows straight from registers.
+    Matrices lie transposed, [s, t]: token s is read by the later token t.
     """
     c, b, chunks = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64), tl.num_programs(0)
     group, split, long, i = tl.program_id(1) // SPLITS, tl.program_id(1) % SPLITS, chunks * L, tl.arange(0, L)
@@ -358,9 +392,58 @@ def _grads(x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, steps_ptr, keep_ptr, seen_ptr, sc
     if DOCS: visible &= seen[:, None] == seen[None, :]
     B = _tile(B_ptr + b * B_b + c * L * B_t + group * B_g, B_t, inside, n, N, L)
     C = _tile(C_ptr + b * C_b + c * L * C_t + group * C_g, C_t, inside, n, N, L)
-    scores_ptr += ((b * chunks + c) * g + group) * L * L
-    scores = tl.load(scores_ptr + i[None, :] * L + i[:, None]).to(tl.float32)
-    dscores, dB, dC = tl.zeros([L, L], tl.float32), tl.zeros([L, N], tl.float32), tl.zeros([L, N], tl.float32)
+    scores, dscores, dC = _dot(B, tl.trans(C), None), tl.zeros([L, L], tl.float32), tl.zeros([L, N], tl.float32)
+
+    x_ptr += b * x_b + c * L * x_t + head * x_h
+    dy_ptr += b * dy_b + c * L * dy_t + head * dy_h
+    states_ptr += ((b * chunks + c) * h + head) * p * n
+    steps_ptr += (b * h + head) * 4 * long + c * L + i
+    dsteps_ptr += (b * h + head) * 4 * long + c * L + i
+    cs, dt, into = tl.load(steps_ptr), tl.load(steps_ptr + long), tl.load(steps_ptr + 2 * long)
+    for k in range(j // SPLITS):
+        x, dy, S = _tile(x_ptr, x_t, real, p, P, L), _tile(dy_ptr, dy_t, real, p, P, L), _tile(states_ptr, n, row, n, N, P)
+        # inside the chunk; on the diagonal, where nothing fades, lies <dy, x> for D
+        dM = _dot(x, tl.trans(dy), None) * tl.exp2(tl.where(visible, cs[None, :] - cs[:, None], float("-inf")))
+        tl.store(dsteps_ptr + 3 * long, tl.sum(tl.where(i[:, None] == i[None, :], dM, 0.0), 1))
+        dscores += dM * dt[:, None]
+        dM *= scores
+        tl.store(dsteps_ptr + long, tl.sum(dM, 1))
+        # from the state: y_t = into_t S C_t. The sums run over S C_t and dy [L, p]: over C and its gradient [L, n] they would be twice as long
+        old = _dot(C, tl.trans(S), None)
+        tl.store(dsteps_ptr, tl.sum(dM * dt[:, None], 0) + tl.sum(old * dy, 1) * into)
+        dC = _dot(_cast(dy * into[:, None], S.dtype), S, dC)
+        # the next head's steps come while this head's products end; the last head loads its own again
+        steps_ptr += tl.where(k + 1 < j // SPLITS, 4 * long, 0)
+        cs, dt, into = tl.load(steps_ptr), tl.load(steps_ptr + long), tl.load(steps_ptr + 2 * long)
+        x_ptr += x_h
+        dy_ptr += dy_h
+        states_ptr += p * n
+        dsteps_ptr += 4 * long
+    pair_ptr += (((b * chunks + c) * g + group) * SPLITS + split) * 2 * L * L
+    _put(pair_ptr, L, None, scores, L, L, L)
+    _put(pair_ptr + L * L, L, None, dscores, L, L, L)
+    dC_ptr += (((split * tl.num_programs(2) + b) * t + c * L) * g + group) * n
+    _put(dC_ptr, g * n, inside, _dot(tl.trans(_cast(dscores, B.dtype)), B, dC), n, N, L)
+
+
+@triton.jit
+def _grads_write(x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, steps_ptr, keep_ptr, seen_ptr, states_ptr, dstates_ptr, pair_ptr, dx_ptr, dB_ptr, dsteps_ptr,
+                 ends_ptr, x_b, x_t, x_h, dy_b, dy_t, dy_h, B_b, B_t, B_g, C_b, C_t, C_g, t, h, j, g, p: tl.constexpr, n: tl.constexpr,
+                 P: tl.constexpr, N: tl.constexpr, L: tl.constexpr, DOCS: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr):
+    """As _grads_read, what its tokens wrote: dx, dB, <du, x> through the state, and <dS, S> of the chunk's end (a sum for every row of S).
+
+    EARLY: the latter comes first: the program waits for S, but does not hold it in registers.
+    """
+    c, b, chunks = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64), tl.num_programs(0)
+    group, split, long, i = tl.program_id(1) // SPLITS, tl.program_id(1) % SPLITS, chunks * L, tl.arange(0, L)
+    head = group * j + split * (j // SPLITS)
+    inside, real, seen = _tokens(seen_ptr + b * long, tl.program_id(0) * L, t, L, DOCS)
+    row = _rows_of(p, P)
+    visible = i[:, None] <= i[None, :]
+    if DOCS: visible &= seen[:, None] == seen[None, :]
+    pair_ptr += (((b * chunks + c) * g + group) * SPLITS + split) * 2 * L * L
+    B = _tile(B_ptr + b * B_b + c * L * B_t + group * B_g, B_t, inside, n, N, L)
+    scores, dB = _tile(pair_ptr, L, None, L, L, L), tl.zeros([L, N], tl.float32)
 
     x_ptr += b * x_b + c * L * x_t + head * x_h
     dy_ptr += b * dy_b + c * L * dy_t + head * dy_h
@@ -368,55 +451,38 @@ def _grads(x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, steps_ptr, keep_ptr, seen_ptr, sc
     states_ptr += ((b * chunks + c) * h + head) * p * n
     dstates_ptr += ((b * chunks + c) * h + head) * p * n
     steps_ptr += (b * h + head) * 4 * long + c * L + i
-    dsteps_ptr += (b * h + head) * 2 * long + c * L + i
+    dsteps_ptr += (b * h + head) * 4 * long + 2 * long + c * L + i
     keep_ptr += (b * h + head) * chunks + c
-    dD_ptr += (b * chunks + c) * h + head
+    ends_ptr += ((b * h + head) * chunks + c) * P + tl.arange(0, P)
     D_ptr += head
-    for _ in range(j // SPLITS):
-        x, dy = _tile(x_ptr, x_t, real, p, P, L), _tile(dy_ptr, dy_t, real, p, P, L)
-        S, dS = _tile(states_ptr, n, row, n, N, P), _tile(dstates_ptr, n, row, n, N, P)
-        cs, dt, into, out = tl.load(steps_ptr), tl.load(steps_ptr + long), tl.load(steps_ptr + 2 * long), tl.load(steps_ptr + 3 * long)
-        # 1. through the state: du_s = out_s dS B_s, dC_t = into_t Sᵀ dy_t, dB_s = out_s dt_s dSᵀ x_s. The elementwise uses of tiles come first:
-        # they hold registers until the last of them
-        end = tl.sum(S.to(tl.float32) * dS) * tl.load(keep_ptr)
+    cs, dt, out = tl.load(steps_ptr), tl.load(steps_ptr + long), tl.load(steps_ptr + 3 * long)
+    for k in range(j // SPLITS):
+        x, dy, dS = _tile(x_ptr, x_t, real, p, P, L), _tile(dy_ptr, dy_t, real, p, P, L), _tile(dstates_ptr, n, row, n, N, P)
+        S = _tile(states_ptr, n, row, n, N, P)
+        if EARLY: tl.store(ends_ptr, tl.sum(S.to(tl.float32) * dS, 1) * tl.load(keep_ptr))
         du = _dot(B, tl.trans(dS), None) * out[:, None]
         far = tl.sum(du * x, 1)
+        tl.store(dsteps_ptr, far)
+        dB = _dot(_cast(x * (out * dt)[:, None], dS.dtype), dS, dB)
+        M = scores * tl.exp2(tl.where(visible, cs[None, :] - cs[:, None], float("-inf")))
         dx = du * dt[:, None] + tl.load(D_ptr) * dy
-        part = _dot(dy, S, None) * into[:, None]
-        dC += part
-        dcs = tl.sum(part * C, 1)
-        dB += _dot(x, dS, None) * (out * dt)[:, None]
-        # 2. inside the chunk
-        dM = _dot(x, tl.trans(dy), None)
-        dD = tl.sum(tl.where(i[:, None] == i[None, :], dM, 0.0))
-        fade = tl.exp2(tl.where(visible, cs[None, :] - cs[:, None], float("-inf")))
-        dM *= fade
-        dscores += dM * dt[:, None]
-        dM *= scores
-        dcs += tl.sum(dM * dt[:, None], 0)
-        dux = tl.sum(dM, 1) + far
-        dx += _dot(_cast(scores * fade, dy.dtype), dy, None) * dt[:, None]
+        dx += _dot(_cast(M, dy.dtype), dy, None) * dt[:, None]
+        if not EARLY: tl.store(ends_ptr, tl.sum(S.to(tl.float32) * dS, 1) * tl.load(keep_ptr))
+        steps_ptr += tl.where(k + 1 < j // SPLITS, 4 * long, 0)
+        cs, dt, out = tl.load(steps_ptr), tl.load(steps_ptr + long), tl.load(steps_ptr + 3 * long)
         _put(dx_ptr, h * p, inside, dx, p, P, L)
-        # 3. the gradient of cs: <dy, y> at the reader, -<du, u> at the one that is read, <dS, S> at the chunk's end
-        end += tl.sum(far * dt)
-        tl.store(dsteps_ptr, dcs - dt * dux + tl.where(i == L - 1, end, 0.0))
-        tl.store(dsteps_ptr + long, dux)
-        tl.store(dD_ptr, dD)
         x_ptr += x_h
         dy_ptr += dy_h
         dx_ptr += p
         states_ptr += p * n
         dstates_ptr += p * n
-        steps_ptr += 4 * long
-        dsteps_ptr += 2 * long
+        dsteps_ptr += 4 * long
         keep_ptr += chunks
-        dD_ptr += 1
+        ends_ptr += chunks * P
         D_ptr += 1
-    dB = _dot(_cast(dscores, C.dtype), C, dB)
-    dC = _dot(tl.trans(_cast(dscores, B.dtype)), B, dC)
-    at = (((split * tl.num_programs(2) + b) * t + c * L) * g + group) * n
-    _put(dB_ptr + at, g * n, inside, dB, n, N, L)
-    _put(dC_ptr + at, g * n, inside, dC, n, N, L)
+    C = _tile(C_ptr + b * C_b + c * L * C_t + group * C_g, C_t, inside, n, N, L)
+    dB_ptr += (((split * tl.num_programs(2) + b) * t + c * L) * g + group) * n
+    _put(dB_ptr, g * n, inside, _dot(_cast(_tile(pair_ptr + L * L, L, None, L, L, L), C.dtype), C, dB), n, N, L)
 
 
 # --- the host's side
@@ -444,13 +510,6 @@ def _documents(doc_bt, long: int):
     return torch.cat([segment_bt, last], 1), F.pad(segment_bt.masked_fill(doc_bt < 0, -1), beyond, value=-1)
 
 
-def _all_scores(B, C, chunks: int, chunk: int, n: int):
-    b, t, g, _ = B.shape
-    scores = torch.empty(b, chunks, g, chunk, chunk, device=B.device)
-    _scores[(chunks, g, b)](B, C, scores, *B.stride()[:3], *C.stride()[:3], t, n=n, N=max(16, triton.next_power_of_2(n)), L=chunk)
-    return scores
-
-
 def _forward(x, dt, A, B, C, D, S, doc_bt, tiles: dict, for_backward: bool):
     """-> y, final state, and what the backward pass needs: steps, keep, seen, states (None without it)."""
     (b, t, h, p), (g, n), chunk = x.shape, B.shape[2:], tiles["chunk"]
@@ -463,9 +522,8 @@ def _forward(x, dt, A, B, C, D, S, doc_bt, tiles: dict, for_backward: bool):
     states = torch.empty(b, chunks, h, p, n, device=x.device, dtype=x.dtype) if for_backward or not walk else y
     strides = *x.stride()[:3], *B.stride()[:3]
     if walk:
-        scores = _all_scores(B, C, chunks, chunk, n) if tiles["scan"]["READ"] else keep
-        _scan[(b * h // tiles["scan"]["HEADS"],)](x, B, C, D, steps, keep, seen, scores, S, y, states, last, *strides, *C.stride()[:3], t,
-                                                  _count(chunks), h, h // g, KEEP=for_backward, **sizes, **tiles["scan"])
+        _scan[(b * h,)](x, B, C, D, steps, keep, seen, S, y, states, last, *strides, *C.stride()[:3], t, _count(chunks), h, h // g,
+                        KEEP=for_backward, **sizes, **tiles["scan"])
     else:
         added = torch.empty(b, chunks, h, p, n, device=x.device)
         _additions[(h, chunks, b)](x, B, steps, seen, added, *strides, t, h, h // g, BACK=False, **sizes, **tiles["add"])
@@ -480,21 +538,22 @@ def _backward(dy, dlast, x, dt, A, B, C, D, doc_bt, steps, keep, seen, states, t
     chunks, sizes = triton.cdiv(t, chunk), _sizes(p, n, chunk, doc_bt)
     dstates, dfirst, strides = torch.empty_like(states), torch.empty_like(dlast), (*dy.stride()[:3], *C.stride()[:3])
     if tiles["walk"]:
-        _scan_backward[(b * h // tiles["back"]["HEADS"],)](dy, C, steps, keep, seen, dlast, dstates, dfirst, *strides, t, _count(chunks), h, h // g,
-                                                           **sizes, **tiles["back"])
+        _scan_backward[(b * h,)](dy, C, steps, keep, seen, dlast, dstates, dfirst, *strides, t, _count(chunks), h, h // g, **sizes, **tiles["back"])
     else:
         added = torch.empty(b, chunks, h, p, n, device=x.device)
         _additions[(h, chunks, b)](dy, C, steps, seen, added, *strides, t, h, h // g, BACK=True, **sizes, **tiles["add"])
         _accumulate[(b * h, triton.cdiv(p * n, 512))](added, keep, dlast, dstates, dfirst, _count(chunks), h, p * n, BLOCK=512, BACK=True)
 
-    dx, dsteps = torch.empty(b, t, h, p, device=x.device, dtype=x.dtype), torch.empty(b, h, 2, chunks * chunk, device=x.device)
-    dA, dD, ddt = (torch.empty(b, rows, h, device=x.device) for rows in (chunks, chunks, t))
+    dx, dsteps = torch.empty(b, t, h, p, device=x.device, dtype=x.dtype), torch.empty(b, h, 4, chunks * chunk, device=x.device)
+    dA, dD, ddt, ends = (torch.empty(*shape, device=x.device) for shape in ((b, chunks, h), (b, chunks, h), (b, t, h), (b, h, chunks, sizes["P"])))
     dB, dC = (torch.empty(splits, b, t, g, n, device=x.device, dtype=x.dtype if splits == 1 else torch.float32) for _ in range(2))
-    scores = _all_scores(B, C, chunks, chunk, n)
-    _grads[(chunks, g * splits, b)](x, dy, B, C, D, steps, keep, seen, scores, states, dstates, dx, dB, dC, dsteps, dD, *x.stride()[:3],
-                                    *dy.stride()[:3], *B.stride()[:3], *C.stride()[:3], t, h, _count(h // g), g, SPLITS=splits, **sizes,
-                                    **tiles["grads"])
-    _steps_backward[(chunks, b, triton.cdiv(h, 16))](dsteps, dt, A, seen, ddt, dA, *dt.stride(), t, h, L=chunk, H=16, DOCS=doc_bt is not None)
+    pair, grid = torch.empty(b, chunks, g, splits, 2, chunk, chunk, device=x.device), (chunks, g * splits, b)        # C Bᵀ and its gradient
+    common = *x.stride()[:3], *dy.stride()[:3], *B.stride()[:3], *C.stride()[:3], t, h, _count(h // g), g
+    _grads_read[grid](x, dy, B, C, steps, seen, states, pair, dC, dsteps, *common, SPLITS=splits, **sizes, **tiles["grads_read"])
+    _grads_write[grid](x, dy, B, C, D, steps, keep, seen, states, dstates, pair, dx, dB, dsteps, ends, *common, SPLITS=splits, **sizes,
+                       **tiles["grads_write"])
+    _steps_backward[(chunks, b, triton.cdiv(h, 16))](dsteps, ends, dt, A, seen, ddt, dA, dD, *dt.stride(), t, h, L=chunk, H=16, P=sizes["P"],
+                                                     DOCS=doc_bt is not None)
     dB, dC = (z[0] if splits == 1 else z.sum(0).to(x.dtype) for z in (dB, dC))
     return dx, ddt, dA.sum((0, 1)), dB, dC, dD.sum((0, 1)), dfirst
 

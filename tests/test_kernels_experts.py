@@ -34,10 +34,10 @@ def hold_against_the_loop(inputs, chosen, twin=None):
     return ours
 
 
-def with_tiles(monkeypatch, **changes):
-    """Other tiles for the products; their own for the row kernels."""
-    default = experts._tiles
-    monkeypatch.setattr(experts, "_tiles", lambda kind, *args: {**default(kind, *args), **({} if kind in ("sum", "scale") else changes)})
+def with_tiles(monkeypatch, products=None, wgrad=None):
+    """Other tiles for the products of rows with weights and for the gradients of the weights; their own for the row kernels."""
+    default, changes = experts._tiles, {"sum": {}, "gather": {}, "wgrad": wgrad or {}}
+    monkeypatch.setattr(experts, "_tiles", lambda kind, *args: {**default(kind, *args), **changes.get(kind, products or {})})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -49,13 +49,41 @@ def test_experts_grouped_is_no_worse_than_the_loop(shape, choose, dtype):
     hold_against_the_loop(*routed(choose=choose, dtype=dtype, **shape))
 
 
-@pytest.mark.parametrize("r, e, k, tma, rows_tma", [(40, 3, 1, True, True), (57, 2, 2, True, False), (40, 3, 1, False, False)],
-                         ids=["descriptors", "weights by descriptor", "pointers"])
-def test_several_tiles_in_each_direction(monkeypatch, r, e, k, tma, rows_tma):
+@pytest.mark.parametrize("r, e, k, extra, tma, rows_tma", [(40, 3, 1, 0, True, True), (57, 2, 2, 0, True, False), (40, 3, 1, 16, False, False),
+                                                           (83, 2, 2, 16, True, True), (57, 2, 2, 32, True, True), (83, 3, 1, 32, True, False)])
+def test_several_tiles_in_each_direction(monkeypatch, r, e, k, extra, tma, rows_tma):
     """Tiles of 32 × 32 × 32 on sizes that are no multiples of them: catches a wrong block order, a table line too few, a tail of the contraction that
-    counts. 40 rows leave 8 for a half tile at the end, 57 leave 25, which need a whole one. At the default tiles small shapes have one tile."""
-    with_tiles(monkeypatch, BLOCK_M=32, BLOCK_N=32, BLOCK_K=32, half=True, tma=tma, rows_tma=rows_tma)
+    counts. 40 rows leave 8 for a half tile at the end, 57 leave 25, which need a whole one; with 16 or 32 extra rows a tile has a second part, and 83
+    rows are 48 and 35, or 64 and 19. At the default tiles small shapes have one tile."""
+    with_tiles(monkeypatch, dict(BLOCK_M=32, BLOCK_N=32, BLOCK_K=32, half=True, extra=extra, tma=tma, rows_tma=rows_tma),
+               dict(BLOCK_L=32, BLOCK_F=32, BLOCK_K=32, panel=0, tma=tma))
     hold_against_the_loop(*routed(r, e, k, l=48, f=80, choose="one", dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype, f, tma", [(torch.bfloat16, 64, True), (torch.bfloat16, 80, False), (torch.float32, 80, True)], ids=str)
+def test_a_panel_holds_what_an_expert_has(monkeypatch, dtype, f, tma):
+    """Experts with no rows, one, a whole block, two blocks, a bit more than two, than three and than four, which no panel holds: a row lost at a
+    boundary, or one taken from the neighbour, shows in the gradient of the weights."""
+    with_tiles(monkeypatch, wgrad=dict(BLOCK_L=32, BLOCK_F=32, BLOCK_K=16, panel=4, tma=tma))
+    loads = [1, 16, 0, 32, 33, 49, 65, 64]
+    inputs, _ = routed(sum(loads), len(loads), k=1, l=48, f=f, dtype=dtype)
+    chosen = torch.tensor([e for e, n in enumerate(loads) for _ in range(n)], device=DEVICE).view(-1, 1)
+    hold_against_the_loop(inputs, chosen.flip(0))
+
+
+@pytest.mark.parametrize("f", [64, 80])
+def test_no_descriptor_stores_past_an_expert(monkeypatch, f):
+    """A block that reaches past an expert's last row would overwrite the next expert's gradient. The interpreter runs programs one after the other
+    and would repair that, so the condition is tested, and that it is asked: rows of a gradient are l (48) or f."""
+    assert experts._blocks_end_with_the_expert(64, 32) and not experts._blocks_end_with_the_expert(80, 32)
+    with_tiles(monkeypatch, wgrad=dict(BLOCK_L=32, BLOCK_F=32))
+    (x, _, _, _), chosen = routed(r=5, l=48, f=f)
+    routing, hidden_qf = experts._Routing(chosen, 6), randn(10, f)
+    asked, descriptor = [], experts._descriptor
+    monkeypatch.setattr(experts, "_descriptor", lambda out, *block_and_wanted: asked.append((out.shape[1], block_and_wanted[-1]))
+                        or descriptor(out, *block_and_wanted))
+    for tokens_first in (True, False): experts._weight_gradient(x.detach(), hidden_qf, routing, tokens_first=tokens_first)
+    assert asked == [(48, False), (f, f == 64)]
 
 
 def test_fp16_works_alike():
@@ -70,9 +98,10 @@ def test_an_idle_expert_gets_a_zero_gradient():
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
-def test_an_infinity_stays_with_its_expert():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])       # a loop over rows, and a panel
+def test_an_infinity_stays_with_its_expert(dtype):
     """A token or a weight at infinity may spoil its own experts, not those whose rows and weights lie next to it in memory: 0 · inf is NaN."""
-    inputs, _ = routed(r=5, e=4, k=1)
+    inputs, _ = routed(r=5, e=4, k=1, dtype=dtype)
     chosen = torch.tensor([[0], [0], [1], [2], [2]], device=DEVICE)
     for spoilt in (0, 2, 3):
         mine = [v.detach().clone() for v in inputs]

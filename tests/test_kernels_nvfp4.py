@@ -256,6 +256,18 @@ def test_stochastic_rounding_is_unbiased_and_repeats_itself():
     assert not torch.equal(twin.codes, kernel.quantize(x.to(DEVICE), rounding="stochastic", seed=12, amax=2688.0).codes)
 
 
+def test_a_value_goes_up_exactly_when_it_lies_beyond_its_draw():
+    """On the threshold, one float below and one above, in each step of the grid: a product rounded to nearest would take "above" for "on"."""
+    u = nvfp4.uniform_draws(21, 0, 7 * 16).view(7, 16)
+    start, step = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4])[:, None], torch.tensor([0.5, 0.5, 0.5, 0.5, 1, 1, 2])[:, None]
+    on = start + u * step
+    for x, ups in ((on, 0), (on.nextafter(torch.tensor(0.0)), 0), (on.nextafter(torch.tensor(9.0)), 1)):
+        x[:, 0] = 6                                                           # with this amax both scales are 1
+        twin = kernel.quantize(x.to(DEVICE), rounding="stochastic", seed=21, amax=2688.0)
+        assert torch.equal(nvfp4.unpack(twin.codes.cpu())[:, 1:], (torch.arange(7)[:, None] + ups).expand(7, 15).to(torch.uint8))
+        assert_same(twin, stage_quantize(x, rounding="stochastic", seed=21, amax=2688.0))
+
+
 def test_as_many_small_values_become_zero_as_in_stage_01():
     """Small gradients beside a large one: what nearest rounding loses is kept with the right probability, by the same draws."""
     x = 0.02 * randn(64, 64).abs()

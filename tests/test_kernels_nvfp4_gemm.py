@@ -105,7 +105,7 @@ ROUTINGS = {"mixed": (3, 3, 20, 60, 60, 71), "all on one": (0, 0, 0, 71, 71, 71)
                                                       ("mixed", "mxfp4", False)])
 def test_grouped_rows_with_empty_experts(routing, format, scratch, monkeypatch):
     """Tiles of 16 rows that no expert's rows fill, x decoded in the product or before it: catches rows that take a neighbour's expert."""
-    tiles(monkeypatch, BM=16, BN=64, scratch=scratch)
+    tiles(monkeypatch, BM=16, BN=64, BK=64, scratch=scratch)
     a = integers(71, 96, scales=powers(71, seed=2), format=format)
     b = integers(6, 40, 96, seed=1, scales=powers(6, seed=3), format=format)
     offsets_e = ends(*ROUTINGS[routing], dtype=torch.int64 if scratch else torch.int32)
@@ -121,10 +121,10 @@ def test_rows_behind_the_last_expert_are_zero():
     assert not y[18:].any()
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_grouped_contraction_with_empty_experts_and_a_padded_end(format, monkeypatch):
+@pytest.mark.parametrize("format, scratch", [("nvfp4", False), ("mxfp4", False), ("nvfp4", True)])
+def test_grouped_contraction_with_empty_experts_and_a_padded_end(format, scratch, monkeypatch):
     """A weight gradient per expert; steps of 64 columns start in the middle of a step of the neighbour. Beyond the last end nothing counts."""
-    tiles(monkeypatch, BM=32, BN=32, BK=64)
+    tiles(monkeypatch, BM=32, BN=32, BK=64, scratch=scratch)
     unit = 16 if format == "nvfp4" else 32
     offsets_e = ends(*(unit * i for i in (0, 3, 3, 4, 9, 9)))
     columns = 11 * unit
@@ -168,11 +168,44 @@ def test_w4a16_is_no_worse_than_plain(r, dtype, format):
 @pytest.mark.parametrize("split", [2, 4])
 def test_a_cut_contraction_adds_up_and_repeats(split, monkeypatch):
     """Parts that do not divide k, the last one empty or short: 528 columns in parts of 320 or 192."""
-    tiles(monkeypatch, split=split, BK=64)
+    tiles(monkeypatch, split=split, shares=0, BK=64)
     x, w = torch.randint(-8, 9, (3, 528), generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE), integers(40, 528)
     y = gemm.matmul_w4a16(x, w)
     assert_equal(y, (x.double() @ w.dequantize(torch.float64).T).bfloat16())
     assert_equal(gemm.matmul_w4a16(x, w), y)
+
+
+@pytest.mark.parametrize("r, k, format", [(1, 272, "nvfp4"), (7, 96, "mxfp4"), (3, 32, "nvfp4")])
+def test_equal_shares_of_the_weights_add_up(r, k, format, monkeypatch):
+    """Shares that end within tiles, that hold a whole tile and parts of its neighbours, and a last one that is short: catches a block of columns
+    that is counted twice or never, and the parts of a tile that the sum takes for another's."""
+    for shares, processors in ((1, 3), (3, 4)):
+        tiles(monkeypatch, BN=16, BM=8, BK=64, shares=shares)
+        monkeypatch.setattr(gemm, "_processors", lambda device, processors=processors: processors)
+        x, w = torch.randint(-8, 9, (r, k), generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE), integers(56, k, format=format)
+        assert_equal(gemm.matmul_w4a16(x, w), (x.double() @ w.dequantize(torch.float64).T).bfloat16())
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("order", [1, 4])
+def test_the_order_of_columns_does_not_matter(ordered, order, monkeypatch):
+    """x reordered in the product or before it, for either instruction of the tensor cores; 272 columns are no multiple of a step."""
+    tiles(monkeypatch, BN=64, BM=16, BK=64, shares=0, ordered=ordered, order=order)
+    x, w = torch.randint(-8, 9, (20, 272), generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE), integers(50, 272)
+    assert_equal(gemm.matmul_w4a16(x, w), (x.double() @ w.dequantize(torch.float64).T).bfloat16())
+
+
+def test_every_choice_of_tiles_fits_into_shared_memory():
+    """227 KB a block on an H200, counted from above: every stage of the loop, x once more for its second layout, the result on its way out."""
+    for kind, e in (("whole", 1), ("rows", 8), ("rows", 512), ("contraction", 512)):
+        for r in (1, 2, 8, 9, 16, 17, 33, 64, 65, 100, 1408, 4096, 90112):
+            for n in (64, 2048, 8192, 20480):
+                for dtype, codes in ((torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, False), (torch.float32, False)):
+                    t, size = gemm._tiles(kind, r, n, 2048, e, dtype, codes), dtype.itemsize
+                    if t.get("dense"): operands, result = 2 * (t["BN"] + t["BM"]) * t["BK"], 2 * t["BN"] * t["BM"]
+                    else: operands, result = (9 / 16 * t["BN"] + size * t["BM"]) * t["BK"], 4 * t["BN"] * t["BM"]
+                    again = 0 if t.get("dense") else size * t["BM"] * t["BK"] + (size * t["BN"] * t["BK"] if size == 4 else 0)
+                    assert t["num_stages"] * operands + max(result, again) + 2048 <= 227 * 1024, (kind, r, n, e, dtype, codes, t)
 
 
 @pytest.mark.parametrize("routing, dtype", [*((routing, torch.bfloat16) for routing in ROUTINGS), ("mixed", torch.float32)])
@@ -268,6 +301,7 @@ def launches(device, arch):
         gemm.matmul(q(8192, 8192), q(8192, 8192), None, torch.bfloat16)
         gemm.matmul(q(90112, 2048, scales=90112), q(512, 5120, 2048, scales=512), offsets_e, torch.bfloat16)
         gemm.matmul(q(5120, 98304, scales=(1, 6144)), q(2048, 98304, scales=(1, 6144)), offsets_e, torch.bfloat16)
-    gemm.matmul_w4a16(x(1, 8192), q(8192, 8192))           # few weight rows: a cut contraction
+    gemm.matmul_w4a16(x(1, 8192), q(20480, 8192))
+    gemm.matmul(q(8192, 8192), q(8192, 8192))              # 32-bit results pass through more shared memory
     gemm.matmul_w4a16(x(1408, 2048), q(512, 5120, 2048, scales=512), offsets_e)
     if arch >= 100: gemm.matmul_w4a16(x(4096, 8192), q(20480, 8192))       # there the plain matmul above is native, this one is dense

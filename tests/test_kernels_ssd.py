@@ -87,11 +87,12 @@ def test_the_twin_is_no_worse_than_a_plain_scan(t, g, documents, dtype, walk, ti
 
 
 def test_every_plan_gives_the_same(tiles):
-    """Two heads a program, scores read from memory, a group's heads split over programs, another length of chunks: only the order of sums differs."""
+    """Loads and products in another order, the state transposed, a group's heads split over programs, another length of chunks: only sums differ."""
     x, dt, A, B, C, D, S = (z[:, :, :4] if i < 2 else z[:4] if i in (2, 5) else z for i, z in enumerate(inputs(34, g=2)))
     tensors, doc = [x, dt, A, B, C, D, S[:, :4]], packed(34)
     want = run(ssd_chunked, tensors, doc)
-    for changes in (dict(walk=True, scan=dict(HEADS=2, READ=True), back=dict(HEADS=2)), dict(walk=False, splits=2), dict(chunk=64)):
+    for changes in (dict(walk=True, scan=dict(AHEAD=0, LATE=0), back=dict(AHEAD=False, LATE=False)),
+                    dict(walk=True, scan=dict(AHEAD=1, LATE=2, TURN=True)), dict(walk=True), dict(walk=False, splits=2), dict(chunk=64)):
         tiles(**changes)
         got = run(ssd_chunked, tensors, doc)
         # 3e-6 of the largest: sums of up to 34 fp32 terms in another order
@@ -120,6 +121,26 @@ def test_padding_gives_and_takes_nothing():
     got, pad = run(ssd_chunked, tensors, doc), doc < 0
     for name in ("y", "x", "dt", "B", "C"): assert (got[name][pad] == 0).all() and (got[name][~pad] != 0).any(), name
     assert torch.equal(got["last"][1], tensors[6][1])
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_what_is_not_a_token_is_never_used(documents, tiles):
+    """NaN beyond the end, and in x and y's gradient at padding, changes no bit: a tile loaded a chunk ahead needs the mask of its own chunk."""
+    t, tensors = 70, inputs(90)
+    tiles(walk=True)
+    x, dt, A, B, C, D, S = tensors
+    dy, doc = randn(*x.shape, seed=9), packed(t) if documents else None
+    results = []
+    for hole in (0.0, float("nan")):
+        whole = [z.clone() for z in (x, dt, B, C, dy)]
+        for z in whole: z[:, t:] = hole
+        if documents:
+            for z in (whole[0], whole[4]): z[:, :t][doc < 0] = hole
+        x_t, dt_t, B_t, C_t, dy_t = (z[:, :t] for z in whole)
+        leaves = [z.detach().requires_grad_() for z in (x_t, dt_t, B_t, C_t, S)]
+        y, last = ssd_chunked(*leaves[:2], A, *leaves[2:4], D, state_bhpn=leaves[4], doc_bt=doc)
+        results.append((y, last, *torch.autograd.grad((y, last), leaves, (dy_t, torch.ones_like(last)))))
+    for zero, nan in zip(*results): assert torch.equal(zero, nan)
 
 
 def test_strong_decay_stays_finite_and_right():
