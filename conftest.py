@@ -23,6 +23,13 @@ def pytest_configure(config):
     raise pytest.UsageError("the PyPI package `kernels` is installed and clashes with this repository's folder kernels/: pip uninstall kernels")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """`pytest tests -m gpu` spends its time compiling kernels, each on one core: with pytest-xdist (of the extra [test]) it takes eight."""
+    alone = getattr(config.option, "numprocesses", 0) is None and "PYTEST_XDIST_WORKER" not in os.environ
+    if alone and torch.cuda.is_available() and config.option.markexpr == "gpu": config.option.numprocesses = min(8, os.cpu_count() // 2)
+
+
 def pytest_collection_modifyitems(items):
     """On a machine with a GPU the kernel tests run on it, so they belong to `-m gpu`."""
     if not torch.cuda.is_available(): return

@@ -320,6 +320,15 @@ def replayed(run: Callable) -> Callable:
     return graph.replay
 
 
+def waits(run: Callable) -> bool:
+    """Does a call make the CPU wait for the GPU? Such a function cannot be captured, and a failed capture spoils PyTorch's random numbers."""
+    torch.cuda.set_sync_debug_mode("error")
+    try: run()
+    except RuntimeError: return True
+    finally: torch.cuda.set_sync_debug_mode("default")
+    return False
+
+
 def milliseconds(run: Callable, graph: bool) -> tuple[float | None, str]:
     """(median ms, note) of one contender; what cannot be captured is called directly, what fails gives None and the reason."""
     from triton.testing import do_bench
@@ -328,10 +337,8 @@ def milliseconds(run: Callable, graph: bool) -> tuple[float | None, str]:
         run()
         torch.cuda.synchronize()
         if not graph: return time_it(run), ""
-        try: return time_it(replayed(run)), ""
-        except Exception:
-            torch.cuda.synchronize()
-            return time_it(run), "no graph"
+        if waits(run): return time_it(run), "waits for the CPU: no graph"
+        return time_it(replayed(run)), ""
     except Exception as error: return None, f"{type(error).__name__}: {str(error)[:120]}"
 
 

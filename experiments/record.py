@@ -2,7 +2,7 @@
 
 Run:   python experiments/record.py              # about 5 min on 2 cores: the five stages, as `make run` runs them
        python experiments/record.py --what test  # `make test`, its installation included when there is no .venv yet
-       python experiments/record.py --what gpu   # the GPU suite, on a machine that has one
+       python experiments/record.py --what gpu   # on a machine with a GPU: its suite, and one layer of each kind at Ultra's width
        python experiments/table.py readme        # then render
 """
 from __future__ import annotations
@@ -50,7 +50,8 @@ def main(config: Config) -> None:
     sys.path.insert(0, str(ROOT))
     nvfp4, here = importlib.import_module("01_nvfp4"), dict(cores=cores(), python=platform.python_version())
     fresh = ROOT / "out" / "results.jsonl"
-    for stage in STAGES if config.what == "stages" else ():
+    stages = dict(stages=STAGES, gpu=("04_model.py --preset ultra --slice",)).get(config.what, ())
+    for stage in stages:
         before = len(rows_of(fresh))
         seconds, _ = timed([sys.executable, *stage.split()])
         nvfp4.write_row(ROOT / "experiments", "command", command=f"python {stage}", seconds=round(seconds, 1), **here)

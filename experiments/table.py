@@ -147,6 +147,18 @@ def table_kernels(rows: list[dict]) -> str:
             "| operation | ours | asked | floor | PyTorch | compiled | beside it |\n|---|---|---|---|---|---|---|\n" + "\n".join(lines))
 
 
+def table_slice(rows: list[dict]) -> str:
+    """One layer of each kind at Ultra's width: the newest run's rows."""
+    newest_run = [row for row in rows if row["stage"] == "04_slice" and row["preset"] == "ultra"][-8:]
+    if not newest_run: return "Not measured yet."
+    names = {"M*E": "all three", "M": "Mamba-2", "*": "attention", "E": "LatentMoE"}
+    lines = [f"| {names[row['layers']]} | {row['precision']} | {row['forward_ms']:.1f} | {row['both_ms']:.1f} | {row['both_tflops']:.0f} | "
+             f"{row['peak_share']:.0%} | {row['peak_gb']:.0f} GB |" for row in newest_run]
+    head = f"One {newest_run[0]['device']}, {newest_run[0]['tokens']:,} tokens, NVFP4 emulated on bf16 tensor cores:\n\n"
+    return head + ("| layers at Ultra's width | precision | forward, ms | forward + backward, ms | TFLOP/s | of the bf16 peak | peak memory |\n"
+                   "|---|---|---|---|---|---|---|\n" + "\n".join(lines))
+
+
 def gpu_tests(rows: list[dict]) -> str:
     row = newest(rows, "command", command="python -m pytest tests -m gpu")
     if row is None: return "# not run yet"
@@ -165,7 +177,8 @@ def command_time(rows: list[dict], command: str) -> str:
 
 def rendered(text: str, rows: list[dict]) -> str:
     """README text with every marked table and time replaced."""
-    for name, table in (("claims", table_claims), ("stages", table_stages), ("speed", table_speed), ("kernels", table_kernels)):
+    for name, table in (("claims", table_claims), ("stages", table_stages), ("speed", table_speed), ("kernels", table_kernels),
+                        ("slice", table_slice)):
         text = re.sub(rf"(<!-- table:{name} -->\n).*?(<!-- end -->)", lambda m, table=table: m[1] + table(rows) + "\n" + m[2], text, flags=re.S)
     text = re.sub(r"(?m)^(    python -m pytest tests -m gpu +)#.*$", lambda m: m[1] + gpu_tests(rows), text)
     return re.sub(r"(?m)^(    make (run|test) +)#.*$", lambda m: m[1] + command_time(rows, m[2]), text)

@@ -68,7 +68,8 @@ def _tiles(kind: str, rows: float, n: int, k: int, itemsize: int) -> dict:
 
     half: the last row tile of an expert may be half as high. extra: rows of a second part, 0, BLOCK_M / 2 or BLOCK_M. tma: weights, or the gradient
     of the weights, move by tensor descriptor. rows_tma: the rows too, for which a gather is first written out. panel: the most blocks of BLOCK_K rows
-    that a program of "wgrad" keeps (0 to 4); experts with more rows take a loop over them.
+    that a program of "wgrad" keeps (0 to 4); experts with more rows take a loop over them. hidden_tma: the rows that meet the panel come by
+    descriptor; each program makes its own.
     """
     small = lambda block, width: min(block, max(16, triton.next_power_of_2(width)))
     if kind in ("sum", "gather"): return dict(BLOCK=small(1024, n), num_warps=2)
@@ -77,7 +78,7 @@ def _tiles(kind: str, rows: float, n: int, k: int, itemsize: int) -> dict:
         elif rows <= 224: block = (128, 128, 64, 4, 8, 3)
         else: block = (128, 256, 64, 0, 8, 3)                # most experts have more rows than a panel holds
         return dict(BLOCK_L=small(block[0], n), BLOCK_F=small(block[1], k), BLOCK_K=block[2], panel=block[3], num_warps=block[4], num_stages=block[5],
-                    tma=True)
+                    tma=True, hidden_tma=block[3] > 0)
     if itemsize == 4: block = (32, 64, 32, 4, 2)             # fp32 multiplies without tensor cores
     elif rows <= 12: block = (16, 128, 128, 4, 3)            # decode: nothing but streaming weights
     elif rows <= 64: block = (64, 128, 64, 4, 4)
@@ -303,36 +304,50 @@ def _store_tile(acc, out, expert, l, f, L, F, TOKENS_FIRST: tl.constexpr, TMA: t
 
 
 @triton.jit
+def _hidden_rows(hidden_qf, row, end, F: tl.constexpr, HIDDEN_TMA: tl.constexpr, DEPTH: tl.constexpr, BLOCK_F: tl.constexpr):
+    """The hidden layer's DEPTH rows from `row` on, to load blocks of. PITFALL: past the expert's end lies a neighbour's row, which meets zeros of the
+    panel but could hold an infinity, and 0 · inf is NaN."""
+    # a descriptor made here ends where the expert ends, and the hardware fills in zeros; pointers repeat the expert's last row
+    if HIDDEN_TMA: hidden = tl.make_tensor_descriptor(hidden_qf, [end, F], [F, 1], [DEPTH, BLOCK_F])
+    else: hidden = hidden_qf + tl.minimum(row + tl.arange(0, DEPTH), end - 1)[:, None].to(tl.int64) * F
+    return hidden
+
+
+@triton.jit
+def _hidden_block(hidden, row, f, F: tl.constexpr, HIDDEN_TMA: tl.constexpr, EVEN: tl.constexpr, BLOCK_F: tl.constexpr):
+    """[DEPTH, BLOCK_F]: columns f and on of what _hidden_rows returned."""
+    at_f = f + tl.arange(0, BLOCK_F)
+    if HIDDEN_TMA: hidden_kf = hidden.load([row, f])
+    elif EVEN: hidden_kf = tl.load(hidden + at_f[None, :])
+    else: hidden_kf = tl.load(hidden + at_f[None, :], mask=at_f[None, :] < F, other=0.0)
+    return hidden_kf
+
+
+@triton.jit
 def _weight_panel(tokens_rl, hidden_qf, token_q, order_q, weights_q, out, expert, l, start, end, stride_tokens, L: tl.constexpr,
                   F: tl.constexpr, WEIGHTED: tl.constexpr, TOKENS_FIRST: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
-                  BLOCK_L: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FIRST: tl.constexpr,
-                  SECOND: tl.constexpr, STAGES: tl.constexpr):
+                  HIDDEN_TMA: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                  FIRST: tl.constexpr, SECOND: tl.constexpr, STAGES: tl.constexpr):
     """BLOCK_L tokens' columns against all of the hidden layer's, for an expert with at most FIRST + SECOND rows, and at least one."""
     at_l = l + tl.arange(0, BLOCK_L)
     tokens_kl = _token_block(tokens_rl, token_q, order_q, weights_q, at_l, start, end, L, stride_tokens, WEIGHTED, FIRST)
-    # rows past the end repeat the expert's last one and meet zeros. PITFALL: a neighbour's row there could hold an infinity, and 0 · inf is NaN
-    hidden_k1 = hidden_qf + tl.minimum(start + tl.arange(0, FIRST), end - 1)[:, None].to(tl.int64) * F
+    hidden = _hidden_rows(hidden_qf, start, end, F, HIDDEN_TMA, FIRST, BLOCK_F)
     if SECOND:
         more_tokens_kl = _token_block(tokens_rl, token_q, order_q, weights_q, at_l, start + FIRST, end, L, stride_tokens, WEIGHTED, SECOND)
-        more_hidden_k1 = hidden_qf + tl.minimum(start + FIRST + tl.arange(0, SECOND), end - 1)[:, None].to(tl.int64) * F
+        more_hidden = _hidden_rows(hidden_qf, start + FIRST, end, F, HIDDEN_TMA, SECOND, BLOCK_F)
     for f in tl.range(0, F, BLOCK_F, num_stages=STAGES):
-        at_f = f + tl.arange(0, BLOCK_F)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if EVEN: hidden_kf = tl.load(hidden_k1 + at_f[None, :])
-        else: hidden_kf = tl.load(hidden_k1 + at_f[None, :], mask=at_f[None, :] < F, other=0.0)
-        acc = _product(tokens_kl, hidden_kf, acc, TOKENS_FIRST)
+        acc = _product(tokens_kl, _hidden_block(hidden, start, f, F, HIDDEN_TMA, EVEN, BLOCK_F), acc, TOKENS_FIRST)
         if SECOND:
-            if EVEN: more_hidden_kf = tl.load(more_hidden_k1 + at_f[None, :])
-            else: more_hidden_kf = tl.load(more_hidden_k1 + at_f[None, :], mask=at_f[None, :] < F, other=0.0)
-            acc = _product(more_tokens_kl, more_hidden_kf, acc, TOKENS_FIRST)
+            acc = _product(more_tokens_kl, _hidden_block(more_hidden, start + FIRST, f, F, HIDDEN_TMA, EVEN, BLOCK_F), acc, TOKENS_FIRST)
         _store_tile(acc, out, expert, l, f, L, F, TOKENS_FIRST, TMA, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
 def _weight_kernel(tokens_rl, hidden_qf, token_q, order_q, weights_q, offsets_e, out, stride_tokens, L: tl.constexpr, F: tl.constexpr,
                    WEIGHTED: tl.constexpr, TOKENS_FIRST: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PANEL: tl.constexpr,
-                   BLOCK_L: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                   STAGES: tl.constexpr):
+                   HIDDEN_TMA: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                   BLOCK_K: tl.constexpr, STAGES: tl.constexpr):
     """out[e, l, f] (TOKENS_FIRST) or out[e, f, l] = sum over the rows q of expert e of tokens[q's token, l] · hidden[q, f]."""
     blocks, pid = tl.cdiv(L, BLOCK_L), tl.program_id(0)
     expert, l = pid // blocks, pid % blocks * BLOCK_L
@@ -340,16 +355,16 @@ def _weight_kernel(tokens_rl, hidden_qf, token_q, order_q, weights_q, offsets_e,
     count = end - start
     if PANEL >= 1 and (count > 0) & (count <= BLOCK_K):
         _weight_panel(tokens_rl, hidden_qf, token_q, order_q, weights_q, out, expert, l, start, end, stride_tokens, L, F, WEIGHTED, TOKENS_FIRST,
-                      TMA, EVEN, BLOCK_L, BLOCK_F, BLOCK_M, BLOCK_N, BLOCK_K, 0, STAGES)
+                      TMA, EVEN, HIDDEN_TMA, BLOCK_L, BLOCK_F, BLOCK_M, BLOCK_N, BLOCK_K, 0, STAGES)
     elif PANEL >= 2 and (count > 0) & (count <= 2 * BLOCK_K):
         _weight_panel(tokens_rl, hidden_qf, token_q, order_q, weights_q, out, expert, l, start, end, stride_tokens, L, F, WEIGHTED, TOKENS_FIRST,
-                      TMA, EVEN, BLOCK_L, BLOCK_F, BLOCK_M, BLOCK_N, 2 * BLOCK_K, 0, STAGES)
+                      TMA, EVEN, HIDDEN_TMA, BLOCK_L, BLOCK_F, BLOCK_M, BLOCK_N, 2 * BLOCK_K, 0, STAGES)
     elif PANEL >= 3 and (count > 0) & (count <= 3 * BLOCK_K):
         _weight_panel(tokens_rl, hidden_qf, token_q, order_q, weights_q, out, expert, l, start, end, stride_tokens, L, F, WEIGHTED, TOKENS_FIRST,
-                      TMA, EVEN, BLOCK_L, BLOCK_F, BLOCK_M, BLOCK_N, 2 * BLOCK_K, BLOCK_K, STAGES)
+                      TMA, EVEN, HIDDEN_TMA, BLOCK_L, BLOCK_F, BLOCK_M, BLOCK_N, 2 * BLOCK_K, BLOCK_K, STAGES)
     elif PANEL >= 4 and (count > 0) & (count <= 4 * BLOCK_K):
         _weight_panel(tokens_rl, hidden_qf, token_q, order_q, weights_q, out, expert, l, start, end, stride_tokens, L, F, WEIGHTED, TOKENS_FIRST,
-                      TMA, EVEN, BLOCK_L, BLOCK_F, BLOCK_M, BLOCK_N, 2 * BLOCK_K, 2 * BLOCK_K, max(STAGES - 1, 2))
+                      TMA, EVEN, HIDDEN_TMA, BLOCK_L, BLOCK_F, BLOCK_M, BLOCK_N, 2 * BLOCK_K, 2 * BLOCK_K, STAGES - 1)
     else:      # no rows, or more than a panel holds: block by block, for every tile anew
         at_l = l + tl.arange(0, BLOCK_L)
         for f in range(0, F, BLOCK_F):
@@ -434,11 +449,13 @@ def _weight_gradient(tokens_rl: Tensor, hidden_qf: Tensor, routing: _Routing, we
     height, width = (t["BLOCK_L"], t["BLOCK_F"]) if tokens_first else (t["BLOCK_F"], t["BLOCK_L"])
     out_emn = hidden_qf.new_empty(experts, m, n)
     moved = _descriptor(out_emn, height, width, t["tma"] and _blocks_end_with_the_expert(m, height))
+    hidden_tma = t["hidden_tma"] and hidden_qf.data_ptr() % 16 == 0 and f * hidden_qf.element_size() % 16 == 0
+    if hidden_tma: triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=hidden_qf.device))
     tokens_rl = tokens_rl if tokens_rl.stride(1) == 1 else tokens_rl.contiguous()
     _weight_kernel[(experts * triton.cdiv(l, t["BLOCK_L"]),)](
         tokens_rl, hidden_qf, routing.token_q, routing.order_q, weights_rk, routing.offsets_e, out_emn if moved is None else moved,
         tokens_rl.stride(0), L=l, F=f, WEIGHTED=weights_rk is not None, TOKENS_FIRST=tokens_first, TMA=moved is not None, EVEN=f % t["BLOCK_F"] == 0,
-        PANEL=t["panel"], BLOCK_L=t["BLOCK_L"], BLOCK_F=t["BLOCK_F"], BLOCK_M=height, BLOCK_N=width, BLOCK_K=t["BLOCK_K"],
+        HIDDEN_TMA=hidden_tma, PANEL=t["panel"], BLOCK_L=t["BLOCK_L"], BLOCK_F=t["BLOCK_F"], BLOCK_M=height, BLOCK_N=width, BLOCK_K=t["BLOCK_K"],
         STAGES=t["num_stages"], num_warps=t["num_warps"], num_stages=t["num_stages"])
     return out_emn
 

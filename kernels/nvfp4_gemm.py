@@ -113,7 +113,7 @@ def _values(bits, scale, MX: tl.constexpr, GPU: tl.constexpr):
 
 
 @triton.jit
-def _decode(words_nj, scale_nq, ORDER: tl.constexpr, MX: tl.constexpr, GPU: tl.constexpr):
+def _decode(words_nj, scale_nq, ORDER: tl.constexpr, MX: tl.constexpr, GPU: tl.constexpr, CUT: tl.constexpr = 0):
     """bf16 [n, 8 j] · 2^-8 (MX: as it is) of codes [n, j] in 32-bit words and scale bytes [n, q]; ORDER: see `_reorder`; 0: as they are."""
     n: tl.constexpr = words_nj.shape[0]
     j: tl.constexpr = words_nj.shape[1]
@@ -131,28 +131,30 @@ def _decode(words_nj, scale_nq, ORDER: tl.constexpr, MX: tl.constexpr, GPU: tl.c
     v2 = _values((down_nj & 0x003C003C) * 0x0410 & 0x81C081C0, scale, MX, GPU)
     v3 = _values(words_nj & 0x80008000 | down_nj & 0x01C001C0, scale, MX, GPU)       # the sign is in place already
     values = tl.join(tl.join(v0, v2), tl.join(v1, v3))           # [n, j, half, i // 2, i % 2]: column 8 j + 4 half + i
-    if not ORDER: return tl.reshape(values, (n, 8 * j))
+    if CUT: return tl.reshape(tl.permute(tl.reshape(values, (n, CUT, ORDER, j // CUT // ORDER, 2, 2, 2)), (1, 0, 5, 6, 3, 2, 4)), (CUT, n, 8 * j // CUT))
+    elif not ORDER: return tl.reshape(values, (n, 8 * j))
     else: return tl.reshape(tl.permute(tl.reshape(values, (n, ORDER, j // ORDER, 2, 2, 2)), (0, 4, 5, 2, 1, 3)), (n, 8 * j))
 
 
 @triton.jit
-def _reorder(x_rk, ORDER: tl.constexpr):
+def _reorder(x_rk, ORDER: tl.constexpr, CUT: tl.constexpr = 0):
     """Columns (part, word, half, i) -> (i, word, part, half), in ORDER parts. In registers when a thread holds eight neighbours."""
     r: tl.constexpr = x_rk.shape[0]
     k: tl.constexpr = x_rk.shape[1]
-    return tl.reshape(tl.permute(tl.reshape(x_rk, (r, ORDER, k // (8 * ORDER), 2, 2, 2)), (0, 4, 5, 2, 1, 3)), (r, k))
+    if CUT: return tl.reshape(tl.permute(tl.reshape(x_rk, (r, CUT, ORDER, k // (8 * CUT * ORDER), 2, 2, 2)), (1, 0, 5, 6, 3, 2, 4)), (CUT, r, k // CUT))
+    else: return tl.reshape(tl.permute(tl.reshape(x_rk, (r, ORDER, k // (8 * ORDER), 2, 2, 2)), (0, 4, 5, 2, 1, 3)), (r, k))
 
 
 @triton.jit
 def _load_codes(words, scales, row_n, j, q, end, ROW_WORDS, ROW_SCALES, WIDTH: tl.constexpr, EVEN: tl.constexpr, ORDER: tl.constexpr,
-                GPU: tl.constexpr):
+                GPU: tl.constexpr, CUT: tl.constexpr = 0):
     """Decoded columns [n, 8 j] of the rows whose numbers are given; j and q: word and scale numbers; beyond column `end` zeros."""
     words_at, scales_at = words + row_n[:, None] * ROW_WORDS + j[None, :], scales + row_n[:, None] * ROW_SCALES + q[None, :]
     if EVEN: words_nj, scale_nq = tl.load(words_at), tl.load(scales_at)
     else:
         words_nj = tl.load(words_at, mask=(j < end // 8)[None, :], other=0)
         scale_nq = tl.load(scales_at, mask=(q < end // WIDTH)[None, :], other=0)
-    return _decode(words_nj.to(tl.uint32, bitcast=True), scale_nq, ORDER, WIDTH == 32, GPU)
+    return _decode(words_nj.to(tl.uint32, bitcast=True), scale_nq, ORDER, WIDTH == 32, GPU, CUT)
 
 
 @triton.jit
@@ -262,29 +264,30 @@ def _finish(out, part, acc_nr, x_global, w_global, e, n, r, r_end, k_start, R, N
 @triton.jit
 def _tile_sum(x, x_scales, w, w_scales, rows_n, rows_r, live_r, k_start, k_end, X_ROW, X_SCALES, W_ROW, W_SCALES, GROUP: tl.constexpr,
               FORM: tl.constexpr, ORDER: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, GPU: tl.constexpr, BK: tl.constexpr,
-              STAGES: tl.constexpr):
+              STAGES: tl.constexpr, CUT: tl.constexpr = 0):
     """fp32 [n, r]: the sum over columns k_start to k_end of the given rows of w and x."""
     j, q = tl.arange(0, BK // 8), tl.arange(0, BK // WIDTH)
-    acc_nr = tl.zeros((rows_n.shape[0], rows_r.shape[0]), tl.float32)
+    if CUT: acc_nr = tl.zeros((CUT, rows_n.shape[0], rows_r.shape[0]), tl.float32)
+    else: acc_nr = tl.zeros((rows_n.shape[0], rows_r.shape[0]), tl.float32)
     for k in tl.range(k_start, k_end, BK, num_stages=STAGES):
         if GROUP == "contraction": k = tl.multiple_of(k, 16)
         c = k + tl.arange(0, BK)
         if FORM == "decoded": w_nk = tl.load(w + rows_n[:, None] * W_ROW + c[None, :], mask=(c < k_end)[None, :], other=0.0)
-        else: w_nk = _load_codes(w, w_scales, rows_n, k // 8 + j, k // WIDTH + q, k_end, W_ROW, W_SCALES, WIDTH, EVEN, ORDER, GPU)
+        else: w_nk = _load_codes(w, w_scales, rows_n, k // 8 + j, k // WIDTH + q, k_end, W_ROW, W_SCALES, WIDTH, EVEN, ORDER, GPU, CUT)
         if FORM == "codes": x_rk = _load_codes(x, x_scales, rows_r, k // 8 + j, k // WIDTH + q, k_end, X_ROW, X_SCALES, WIDTH, EVEN, ORDER, GPU)
         else:
             live = live_r[:, None] if EVEN or FORM == "ordered" else live_r[:, None] & (c < k_end)[None, :]
             x_rk = tl.load(x + rows_r[:, None] * X_ROW + c[None, :], mask=live, other=0.0)
-            if FORM == "natural": x_rk = _reorder(x_rk, ORDER)
-        acc_nr = _dot(w_nk.to(x_rk.dtype), x_rk.T, acc_nr, GPU)
-    return acc_nr
+            if FORM == "natural": x_rk = _reorder(x_rk, ORDER, CUT)
+        acc_nr = _dot(w_nk.to(x_rk.dtype), tl.permute(x_rk, (0, 2, 1)) if CUT else x_rk.T, acc_nr, GPU)
+    return tl.sum(acc_nr, 0) if CUT else acc_nr
 
 
 @triton.jit
 def _fused_kernel(out, x, x_scales, x_global, w, w_scales, w_global, ends_e, tile_e, tile_r, R, N, K, E, X_ROW, X_SCALES, W_ROW, W_SCALES, STEPS,
                   XG_E, XG_R, XG_Q, WG_E, WG_R, WG_Q, GROUP: tl.constexpr, FORM: tl.constexpr, ORDER: tl.constexpr, SCALED: tl.constexpr,
                   WIDTH: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr, UNDO: tl.constexpr, GPU: tl.constexpr,
-                  BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr):
+                  BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, CUT: tl.constexpr):
     """One [BN, BM] tile of w · xᵀ. w [N, K] or [E, N, K] in words of codes, x [R, K]; FORM: x in words of codes ("codes"), in 16 (32) bits as
     it is ("natural") or reordered ("ordered"), or both operands "decoded"."""
     # 1. which expert, which rows, which part of the contraction
@@ -302,7 +305,7 @@ def _fused_kernel(out, x, x_scales, x_global, w, w_scales, w_global, ends_e, til
     rows_n, rows_r = tl.minimum(n, N - 1).to(tl.int64), tl.minimum(r, R - 1).to(tl.int64)
     if GROUP == "rows": rows_n += e.to(tl.int64) * N
     acc_nr = _tile_sum(x, x_scales, w, w_scales, rows_n, rows_r, r < r_end, k_start, k_end, X_ROW, X_SCALES, W_ROW, W_SCALES, GROUP, FORM, ORDER,
-                       WIDTH, EVEN, GPU, BK, STAGES)
+                       WIDTH, EVEN, GPU, BK, STAGES, CUT)
 
     # 3. the global scales, and the store
     _finish(out, tl.program_id(1), acc_nr, x_global, w_global, e, n, r, r_end, k_start, R, N, K, XG_E, XG_R, XG_Q, WG_E, WG_R, WG_Q, GROUP, SCALED,
@@ -515,7 +518,7 @@ def _fused(x, w, offsets_e: Tensor | None, group: str, out_dtype: torch.dtype, t
         triton.cdiv(k, split * bk), *(_global_strides(x) if quantized else (0, 0, 0)), *_global_strides(w),
         GROUP=group, FORM=form, ORDER=order, SCALED=quantized, WIDTH=width, SPLIT=split, EVEN=even,
         UNDO=_owed(w) * (_owed(x) if quantized else 1), GPU=_compiled(),
-        BN=bn, BM=bm, BK=bk, STAGES=tiles["num_stages"], num_warps=tiles["num_warps"], maxnreg=tiles["maxnreg"])
+        BN=bn, BM=bm, BK=bk, STAGES=tiles["num_stages"], CUT=tiles.get("cut", 0), num_warps=tiles["num_warps"], maxnreg=tiles["maxnreg"])
     if split > 1:          # steps = split in shares of one: every tile has all parts
         _sum_kernel[(triton.cdiv(out.numel(), 256),)](out, parts, out.numel(), n, split, 1, SPLIT=split, BN=bn, GPU=_compiled(), BLOCK=256,
                                                       num_warps=2)

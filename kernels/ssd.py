@@ -62,7 +62,7 @@ def _tiles(b: int, t: int, h: int, g: int, p: int, n: int, size: int) -> dict:
                 scan=dict(AHEAD=2, LATE=0, TURN=False, num_warps=8 if wide else 4, num_stages=stages),
                 back=dict(AHEAD=True, LATE=False, num_warps=8, num_stages=deep),
                 add=dict(num_warps=8 if wide else 4, num_stages=1), outputs=dict(num_warps=8 if wide else 4, num_stages=1),
-                grads_read=dict(num_warps=8, num_stages=deep), grads_write=dict(EARLY=True, num_warps=8, num_stages=deep), splits=splits)
+                grads_read=dict(TWO=False, num_warps=8, num_stages=deep), grads_write=dict(ENDS=2, num_warps=8, num_stages=deep), splits=splits)
 
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -376,9 +376,14 @@ def _scan_backward(dy_ptr, C_ptr, steps_ptr, keep_ptr, seen_ptr, dlast_ptr, dsta
 
 
 @triton.jit
+def _plus(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
 def _grads_read(x_ptr, dy_ptr, B_ptr, C_ptr, steps_ptr, seen_ptr, states_ptr, pair_ptr, dC_ptr, dsteps_ptr, x_b, x_t, x_h, dy_b, dy_t, dy_h,
                 B_b, B_t, B_g, C_b, C_t, C_g, t, h, j, g, p: tl.constexpr, n: tl.constexpr, P: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
-                DOCS: tl.constexpr, SPLITS: tl.constexpr):
+                DOCS: tl.constexpr, SPLITS: tl.constexpr, TWO: tl.constexpr):
     """One chunk, one group (or a SPLITS-th of its heads), what its tokens read: dC, the gradient of C Bᵀ, and sums of rows for dt, A and D.
 
     Matrices lie transposed, [s, t]: token s is read by the later token t.
@@ -402,19 +407,23 @@ def _grads_read(x_ptr, dy_ptr, B_ptr, C_ptr, steps_ptr, seen_ptr, states_ptr, pa
     cs, dt, into = tl.load(steps_ptr), tl.load(steps_ptr + long), tl.load(steps_ptr + 2 * long)
     for k in range(j // SPLITS):
         x, dy, S = _tile(x_ptr, x_t, real, p, P, L), _tile(dy_ptr, dy_t, real, p, P, L), _tile(states_ptr, n, row, n, N, P)
+        # the next head's steps have this head's time to come; the last head loads its own again
+        steps_ptr += tl.where(k + 1 < j // SPLITS, 4 * long, 0)
+        cs_next, dt_next, into_next = tl.load(steps_ptr), tl.load(steps_ptr + long), tl.load(steps_ptr + 2 * long)
         # inside the chunk; on the diagonal, where nothing fades, lies <dy, x> for D
         dM = _dot(x, tl.trans(dy), None) * tl.exp2(tl.where(visible, cs[None, :] - cs[:, None], float("-inf")))
-        tl.store(dsteps_ptr + 3 * long, tl.sum(tl.where(i[:, None] == i[None, :], dM, 0.0), 1))
+        diagonal = tl.where(i[:, None] == i[None, :], dM, 0.0)
         dscores += dM * dt[:, None]
         dM *= scores
-        tl.store(dsteps_ptr + long, tl.sum(dM, 1))
+        if TWO: dyx, dux = tl.reduce((diagonal, dM), 1, _plus)
+        else: dyx, dux = tl.sum(diagonal, 1), tl.sum(dM, 1)
+        tl.store(dsteps_ptr + 3 * long, dyx)
+        tl.store(dsteps_ptr + long, dux)
         # from the state: y_t = into_t S C_t. The sums run over S C_t and dy [L, p]: over C and its gradient [L, n] they would be twice as long
         old = _dot(C, tl.trans(S), None)
         tl.store(dsteps_ptr, tl.sum(dM * dt[:, None], 0) + tl.sum(old * dy, 1) * into)
         dC = _dot(_cast(dy * into[:, None], S.dtype), S, dC)
-        # the next head's steps come while this head's products end; the last head loads its own again
-        steps_ptr += tl.where(k + 1 < j // SPLITS, 4 * long, 0)
-        cs, dt, into = tl.load(steps_ptr), tl.load(steps_ptr + long), tl.load(steps_ptr + 2 * long)
+        cs, dt, into = cs_next, dt_next, into_next
         x_ptr += x_h
         dy_ptr += dy_h
         states_ptr += p * n
@@ -429,10 +438,10 @@ def _grads_read(x_ptr, dy_ptr, B_ptr, C_ptr, steps_ptr, seen_ptr, states_ptr, pa
 @triton.jit
 def _grads_write(x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, steps_ptr, keep_ptr, seen_ptr, states_ptr, dstates_ptr, pair_ptr, dx_ptr, dB_ptr, dsteps_ptr,
                  ends_ptr, x_b, x_t, x_h, dy_b, dy_t, dy_h, B_b, B_t, B_g, C_b, C_t, C_g, t, h, j, g, p: tl.constexpr, n: tl.constexpr,
-                 P: tl.constexpr, N: tl.constexpr, L: tl.constexpr, DOCS: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr):
+                 P: tl.constexpr, N: tl.constexpr, L: tl.constexpr, DOCS: tl.constexpr, SPLITS: tl.constexpr, ENDS: tl.constexpr):
     """As _grads_read, what its tokens wrote: dx, dB, <du, x> through the state, and <dS, S> of the chunk's end (a sum for every row of S).
 
-    EARLY: the latter comes first: the program waits for S, but does not hold it in registers.
+    ENDS: how <dS, S> is made: 0 S is loaded when needed, 1 S is loaded a head ahead, into registers, 2 on the diagonal of a product.
     """
     c, b, chunks = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64), tl.num_programs(0)
     group, split, long, i = tl.program_id(1) // SPLITS, tl.program_id(1) % SPLITS, chunks * L, tl.arange(0, L)
@@ -455,31 +464,44 @@ def _grads_write(x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, steps_ptr, keep_ptr, seen_p
     keep_ptr += (b * h + head) * chunks + c
     ends_ptr += ((b * h + head) * chunks + c) * P + tl.arange(0, P)
     D_ptr += head
-    cs, dt, out = tl.load(steps_ptr), tl.load(steps_ptr + long), tl.load(steps_ptr + 3 * long)
+    cs, dt, out, keep, D = tl.load(steps_ptr), tl.load(steps_ptr + long), tl.load(steps_ptr + 3 * long), tl.load(keep_ptr), tl.load(D_ptr)
+    if ENDS == 1: S_next = _tile(states_ptr, n, row, n, N, P)
     for k in range(j // SPLITS):
         x, dy, dS = _tile(x_ptr, x_t, real, p, P, L), _tile(dy_ptr, dy_t, real, p, P, L), _tile(dstates_ptr, n, row, n, N, P)
-        S = _tile(states_ptr, n, row, n, N, P)
-        if EARLY: tl.store(ends_ptr, tl.sum(S.to(tl.float32) * dS, 1) * tl.load(keep_ptr))
+        # the next head's steps have this head's time to come; the last head loads its own again
+        more = tl.where(k + 1 < j // SPLITS, 1, 0)
+        steps_ptr += more * 4 * long
+        keep_ptr += more * chunks
+        D_ptr += more
+        cs_next, dt_next, out_next = tl.load(steps_ptr), tl.load(steps_ptr + long), tl.load(steps_ptr + 3 * long)
+        keep_next, D_next = tl.load(keep_ptr), tl.load(D_ptr)
+        if ENDS == 1:
+            S = S_next
+            states_ptr += more * p * n
+            tl.store(ends_ptr, tl.sum(S.to(tl.float32) * dS, 1) * keep)
+            S_next = _tile(states_ptr, n, row, n, N, P)
+        else:
+            S = _tile(states_ptr, n, row, n, N, P)
+            states_ptr += p * n
+            if ENDS == 2:
+                q = tl.arange(0, P)
+                tl.store(ends_ptr, tl.sum(tl.where(q[:, None] == q[None, :], _dot(S, tl.trans(dS), None), 0.0), 1) * keep)
+            else: tl.store(ends_ptr, tl.sum(S.to(tl.float32) * dS, 1) * keep)
         du = _dot(B, tl.trans(dS), None) * out[:, None]
         far = tl.sum(du * x, 1)
         tl.store(dsteps_ptr, far)
         dB = _dot(_cast(x * (out * dt)[:, None], dS.dtype), dS, dB)
         M = scores * tl.exp2(tl.where(visible, cs[None, :] - cs[:, None], float("-inf")))
-        dx = du * dt[:, None] + tl.load(D_ptr) * dy
+        dx = du * dt[:, None] + D * dy
         dx += _dot(_cast(M, dy.dtype), dy, None) * dt[:, None]
-        if not EARLY: tl.store(ends_ptr, tl.sum(S.to(tl.float32) * dS, 1) * tl.load(keep_ptr))
-        steps_ptr += tl.where(k + 1 < j // SPLITS, 4 * long, 0)
-        cs, dt, out = tl.load(steps_ptr), tl.load(steps_ptr + long), tl.load(steps_ptr + 3 * long)
+        cs, dt, out, keep, D = cs_next, dt_next, out_next, keep_next, D_next
         _put(dx_ptr, h * p, inside, dx, p, P, L)
         x_ptr += x_h
         dy_ptr += dy_h
         dx_ptr += p
-        states_ptr += p * n
         dstates_ptr += p * n
         dsteps_ptr += 4 * long
-        keep_ptr += chunks
         ends_ptr += chunks * P
-        D_ptr += 1
     C = _tile(C_ptr + b * C_b + c * L * C_t + group * C_g, C_t, inside, n, N, L)
     dB_ptr += (((split * tl.num_programs(2) + b) * t + c * L) * g + group) * n
     _put(dB_ptr, g * n, inside, _dot(_cast(_tile(pair_ptr + L * L, L, None, L, L, L), C.dtype), C, dB), n, N, L)
@@ -553,7 +575,7 @@ def _backward(dy, dlast, x, dt, A, B, C, D, doc_bt, steps, keep, seen, states, t
     _grads_write[grid](x, dy, B, C, D, steps, keep, seen, states, dstates, pair, dx, dB, dsteps, ends, *common, SPLITS=splits, **sizes,
                        **tiles["grads_write"])
     _steps_backward[(chunks, b, triton.cdiv(h, 16))](dsteps, ends, dt, A, seen, ddt, dA, dD, *dt.stride(), t, h, L=chunk, H=16, P=sizes["P"],
-                                                     DOCS=doc_bt is not None)
+                                                     DOCS=doc_bt is not None, num_warps=2)
     dB, dC = (z[0] if splits == 1 else z.sum(0).to(x.dtype) for z in (dB, dC))
     return dx, ddt, dA.sum((0, 1)), dB, dC, dD.sum((0, 1)), dfirst
 
