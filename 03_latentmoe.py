@@ -37,19 +37,34 @@ nvfp4 = importlib.import_module("01_nvfp4")
 #     s = sigmoid(x Wᵀ)        chosen = top-k of s + b        p_i = scale · s_i / (sum of the chosen s + 1e-20)
 # The bias is no parameter: section 5 moves it by hand, so balance needs no gradient that would pull against the loss.
 
+def bf16_parts(x: Tensor) -> list[Tensor]:
+    """fp32 as three bf16 tensors that sum to it, 8 bits of it each; a bf16 tensor is its own only part.  1.01 -> 1.0078125 + 0.0021820068 + ..."""
+    if x.dtype == torch.bfloat16: return [x]
+    high = x.bfloat16()
+    middle = (x - high).bfloat16()
+    return [high, middle, (x - high - middle).bfloat16()]
+
+
+def fp32_product(a_mk: Tensor, b_nk: Tensor) -> Tensor:
+    """a · bᵀ as exact as in fp32, on a GPU's bf16 tensor cores: products of bf16 numbers are exact in fp32, so an fp32 operand goes in parts, side
+    by side along the contraction. Parts i and j of both operands matter together down to i + j = 2. Several times as fast as an fp32 product."""
+    pairs = [(a, b) for i, a in enumerate(bf16_parts(a_mk)) for j, b in enumerate(bf16_parts(b_nk)) if i + j < 3]
+    a, b = (torch.cat(side, dim=1) for side in zip(*pairs))
+    return torch.mm(a, b.T, out_dtype=torch.float32)
+
+
 class RouterLogits(torch.autograd.Function):
-    """x · wᵀ of bf16 operands with fp32 sums and an fp32 result, about ten times as fast on a GPU as a product of fp32 copies, and as exact:
-    the product of two bf16 numbers fits fp32. The gradients are computed in fp32."""
+    """x · wᵀ in fp32 for bf16 activations on a GPU, by fp32_product; w is bf16 or fp32."""
     @staticmethod
     def forward(ctx, x_rd, weight_ed):
         ctx.save_for_backward(x_rd, weight_ed)
-        return torch.mm(x_rd, weight_ed.T, out_dtype=torch.float32)
+        return fp32_product(x_rd, weight_ed)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dlogits_re):
         x_rd, weight_ed = ctx.saved_tensors
-        return (dlogits_re @ weight_ed.float()).to(x_rd.dtype), (dlogits_re.T @ x_rd.float()).to(weight_ed.dtype)
+        return fp32_product(dlogits_re, weight_ed.T).to(x_rd.dtype), fp32_product(dlogits_re.T, x_rd.T).to(weight_ed.dtype)
 
 
 def route(x_rd: Tensor, weight_ed: Tensor, bias_e: Tensor, k: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,8 +80,8 @@ def route(x_rd: Tensor, weight_ed: Tensor, bias_e: Tensor, k: int, scale: float)
     # PITFALL: two experts whose scores differ by less than a bf16 step swap places; then training and inference use different experts.
     wide = torch.float64 if x_rd.dtype == torch.float64 else torch.float32
     with torch.autocast(x_rd.device.type, enabled=False):
-        exact_in_bf16 = x_rd.is_cuda and x_rd.dtype == weight_ed.dtype == torch.bfloat16
-        logits_re = RouterLogits.apply(x_rd, weight_ed) if exact_in_bf16 else x_rd.to(wide) @ weight_ed.to(wide).T
+        by_parts = x_rd.is_cuda and x_rd.dtype == torch.bfloat16 and weight_ed.dtype in (torch.bfloat16, torch.float32)
+        logits_re = RouterLogits.apply(x_rd, weight_ed) if by_parts else x_rd.to(wide) @ weight_ed.to(wide).T
         scores_re = logits_re.sigmoid()
         experts_rk = (scores_re.detach() + bias_e.detach()).topk(k, dim=-1).indices
         chosen_rk = scores_re.gather(1, experts_rk)

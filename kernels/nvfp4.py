@@ -52,19 +52,19 @@ def _stage():
 
 
 def _tiles(kind: str, columns: int, height: int = 1) -> dict:
-    """Launch parameters. R x C, T x D or R x B: what one program reads. F: features a thread. height: of a block.
-    HALVES, DIRECT: ways to load and to store, see _quantize_kernel."""
+    """Launch parameters. R x C, T x D or R x B: what one program reads. F: features a thread. height: of a block."""
     widest = max(32, triton.next_power_of_2(columns))
     if kind == "amax_pair": return dict(T=32, D=256, F=4, num_warps=4)
     # a warp spans 64 features, 2 a thread, of one block of 16 tokens; four warps make stores of 32 bytes a feature
     if kind == "columns": return dict(T=64, D=64, F=2, num_warps=4)
     if kind == "transpose":
         return dict(R=128, B=64, num_warps=4)
-    if kind == "quantize" and height > 1: return dict(R=height, C=128, num_warps=2, HALVES=True, DIRECT=True)
-    # 8192 values a program, of one row where they divide it; amax: any tile will do
-    even, size = math.gcd(columns, 8192), 16384 if kind == "amax" else 8192
+    if height > 1: return dict(R=height, C=128, num_warps=2)
+    # 8192 values a program, of one row where they divide it, and 2048 where draws take registers; amax: any tile will do
+    size = {"amax": 16384, "quantize, stochastic": 2048}.get(kind, 8192)
+    even = math.gcd(columns, size)
     C = even if kind != "amax" and even >= 1024 else min(1024, widest)
-    return dict(R=size // C, C=C, num_warps=8 if kind == "dequantize" else 4, **(dict(HALVES=True, DIRECT=True) if kind == "quantize" else {}))
+    return dict(R=size // C, C=C, num_warps={"dequantize": 8, "quantize, stochastic": 2}.get(kind, 4))
 
 
 # Scales: on one value in 16, so plainness before speed.
@@ -232,21 +232,17 @@ def _amax_kernel(x_ptr, amax_ptr, group_ptr, rows, columns, stride_e, stride_r, 
 def _quantize_kernel(x_ptr, amax_ptr, codes_ptr, scale_ptr, global_ptr, k0, k1, first_block, rows, columns, stride_e, stride_r,
                      amax_e, amax_g, amax_q, R: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, BY_ROW: tl.constexpr,
                      BY_BLOCK: tl.constexpr, STOCHASTIC: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, MX: tl.constexpr, NATIVE: tl.constexpr,
-                     HALVES: tl.constexpr, DIRECT: tl.constexpr):
-    # last tiles first: they are what the pass over the maxima read last and may still lie in the L2 cache
-    tile_r, tile_c = tl.num_programs(0) - 1 - tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
-    e = (tl.num_programs(2) - 1 - tl.program_id(2)).to(tl.int64)
-    row, column = (tile_r * R + tl.arange(0, R)).to(tl.int64), tile_c * C + tl.arange(0, C)
-    if HALVES:
-        # a thread loads 8 values at a time. Halves of a block come last in the order of dimensions: they are dealt out when every thread has
-        # one piece, so to the same thread
-        start, within = tile_c * C + 16 * tl.arange(0, C // 16), 8 * tl.arange(0, 2)[:, None] + tl.arange(0, 8)[None, :]
-        at = start[:, None, None, None] + within[None, None, :, :]
-        x = tl.load(x_ptr + e * stride_e + row[None, :, None, None] * stride_r + at, mask=(row < rows)[None, :, None, None] & (at < columns), other=0)
-        x = tl.reshape(tl.permute(x, [1, 0, 2, 3]), [R, C]).to(tl.float32)
-    else:
-        inside = (row < rows)[:, None] & (column < columns)[None, :]
-        x = tl.load(x_ptr + e * stride_e + row[:, None] * stride_r + column[None, :], mask=inside, other=0).to(tl.float32)
+                     BACKWARDS: tl.constexpr):
+    tile_r, tile_c, e = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    if BACKWARDS:       # last tiles first: the pass before this one read them last, and they may still lie in the L2 cache
+        tile_r, tile_c, e = tl.num_programs(0) - 1 - tile_r, tl.num_programs(1) - 1 - tile_c, tl.num_programs(2) - 1 - e
+    row = (tile_r * R + tl.arange(0, R)).to(tl.int64)
+    # a thread loads 8 values at a time. Halves of a block come last in the order of dimensions: they are dealt out when every thread has
+    # one piece, so to the same thread
+    start, within = tile_c * C + 16 * tl.arange(0, C // 16), 8 * tl.arange(0, 2)[:, None] + tl.arange(0, 8)[None, :]
+    at = start[:, None, None, None] + within[None, None, :, :]
+    x = tl.load(x_ptr + e * stride_e + row[None, :, None, None] * stride_r + at, mask=(row < rows)[None, :, None, None] & (at < columns), other=0)
+    x = tl.reshape(tl.permute(x, [1, 0, 2, 3]), [R, C]).to(tl.float32)
 
     g, q = tile_r * (R // H) + tl.arange(0, R // H), tile_c * (C // W) + tl.arange(0, C // W)
     if BY_ROW or BY_BLOCK:
@@ -263,12 +259,8 @@ def _quantize_kernel(x_ptr, amax_ptr, codes_ptr, scale_ptr, global_ptr, k0, k1, 
     words, byte, s_dec = _quantize_tile(x, amax, block + first_block, k0, k1, R, C, H, W, STOCHASTIC, FOUR_OVER_SIX, MX, NATIVE)
 
     kept = (row < (e + 1) * rows)[:, None] & (half < columns // 16)[None, :]
-    if DIRECT:
-        # every thread stores the two words it has; left alone, Triton first gathers four in a thread, through shared memory
-        tl.store(codes_ptr + tl.max_contiguous((2 * block)[:, :, None] + tl.arange(0, 2)[None, None, :], [1, 1, 2]), words, mask=kept[:, :, None])
-    else:
-        word = tl.reshape((2 * block)[:, :, None] + tl.arange(0, 2)[None, None, :], [R, C // 8])
-        tl.store(codes_ptr + word, tl.reshape(words, [R, C // 8]), mask=tl.reshape(tl.broadcast_to(kept[:, :, None], [R, C // 16, 2]), [R, C // 8]))
+    # every thread stores the two words it has; left alone, Triton first gathers four in a thread, through shared memory
+    tl.store(codes_ptr + tl.max_contiguous((2 * block)[:, :, None] + tl.arange(0, 2)[None, None, :], [1, 1, 2]), words, mask=kept[:, :, None])
     byte = tl.reshape(tl.broadcast_to(byte[:, None, :], [R // H, H, C // W]), [R, C // W]).to(tl.uint8)
     inside = (row < (e + 1) * rows)[:, None] & (q < columns // W)[None, :]
     tl.store(scale_ptr + row[:, None] * (columns // W) + q[None, :], byte, mask=inside)
@@ -464,19 +456,20 @@ def quantize(x, block=(1, 16), rounding="nearest", scale_rule="max", amax=None, 
     lead, x_erk = x.shape[:-1], _stack(x)
     (e, rows, columns), mx, device = x_erk.shape, format == "mxfp4", x.device
     grid = (*lead[:-1], lead[-1] // height, columns // width) if lead else (columns // width,)
+    measured = not mx and amax is None
     if mx: amax = torch.ones((), device=device)
-    elif amax is None: amax = _measure(x_erk, e).view(lead[:-1] if x.ndim > 2 else ())
+    elif measured: amax = _measure(x_erk, e).view(lead[:-1] if x.ndim > 2 else ())
     else: amax = _given_amax(amax, grid, x)
 
     codes = torch.empty(e * rows, columns // 2, dtype=torch.uint8, device=device)
     scale = torch.empty(e * rows, columns // width, dtype=torch.uint8, device=device)
     amax_egq, strides = _strides(amax, grid)
-    s_dec, tile = amax if mx else torch.empty_like(amax_egq), _tiles("quantize", columns, height)
+    s_dec, tile = amax if mx else torch.empty_like(amax_egq), _tiles("quantize" + ", stochastic" * (rounding == "stochastic"), columns, height)
     if x.numel():
         _quantize_kernel[triton.cdiv(rows, tile["R"]), triton.cdiv(columns, tile["C"]), e](
             x_erk, amax_egq, codes.view(torch.int32), scale, s_dec, *_keys(rounding, seed), offset // 16, rows, columns, x_erk.stride(0),
             x_erk.stride(1), *strides, H=height, W=width, BY_ROW=strides[1] != 0, BY_BLOCK=strides[2] != 0,
-            STOCHASTIC=_mode(rounding), FOUR_OVER_SIX=scale_rule == "four_over_six", MX=mx, NATIVE=_native(x),
+            STOCHASTIC=_mode(rounding), FOUR_OVER_SIX=scale_rule == "four_over_six", MX=mx, NATIVE=_native(x), BACKWARDS=measured,
             enable_fp_fusion=False, **tile)
     if s_dec.numel() != amax.numel() or not x.numel():       # more leading dimensions than amax has entries for, or no value at all
         s_dec = stage.global_scales(amax, stage.FOUR_OVER_SIX_MAX if scale_rule == "four_over_six" else stage.E4M3_MAX)[1]

@@ -30,14 +30,13 @@ then copied to where the tensor core reads it ("ordered"), or reordered in the p
     rows has no tile and its weights are never read. Grouped contraction: an expert's part of k is the range of the loop. Split contraction
     (few weight rows): every part writes fp32 sums and a second kernel adds them in order, so results repeat.
 
-    shares (one row tile, up to 8 rows of x): all blocks of w in one line, cut into pieces of equal length, so that no processor waits for another
+    few rows (up to 8): there are 1280 strips of 16 weight rows for 528 schedulers, too few warps to hide each other's waiting. So the warps of a
+    program take the same [BN, BK] tile and cut its columns, a product with a batch dimension; their sums meet once, behind the loop:
 
-        tile 0          tile 1          tile 2          tile 3         each tile: K / BK blocks of [BN, BK]
-        |---------------|---------------|---------------|-------...
-        |  program 0  |  program 1  |  program 2  |  program 3  |      a tile is the sum, in order, of the parts of the programs that touch it
+        columns of a step      warp 0 | warp 1 | warp 2 | warp 3        acc [4, BN, BM] -> sum over the 4 -> [BN, BM]
 
-    Up to 8 rows take the older mma (8 columns) and not wgmma: half the registers and half the room for x, so twice as many warps hide each other's
-    waiting. One thread's step of 128 weights is about 400 instructions: at 132 processors that is 0.015 ms for 8192 -> 20480 if none ever waits.
+    That takes the older mma (8 columns) and not wgmma; x, 16 KB a row and in the caches, is reordered on its way from shared memory: one byte
+    permutation for two numbers of x, used for BN rows of w. Decoding takes 3 instructions a weight: at 132 processors 0.018 ms for 8192 -> 20480.
 
 At Ultra's shapes: one decoding row through 8192 -> 20480 reads 84 MB of codes and 10 MB of scales (0.022 ms at 4.28 TB/s) for 0.3 GFLOP; 8192³ is
 1.1 TFLOP (1.4 ms at 790 TFLOP/s) on 75 MB; 90,112 rows through 512 experts of 2048 -> 5120 are 1.9 TFLOP (2.4 ms) on 3 GB of weights.
@@ -62,13 +61,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 def _tiles(kind: str, r: int, n: int, k: int, e: int, dtype: torch.dtype, codes: bool = False) -> dict:
     """Block sizes of a launch. kind: "whole", "rows", "contraction" or "decode"; r rows of x, n rows of w, e experts (1: no groups); x as codes?
 
-    split: parts of the contraction; shares: programs a processor that share the blocks of w evenly (x in 16 bits, one row tile); ordered: x reordered
-    before the product; scratch: x decoded before it (grouped contraction: both operands); dense: both operands, to whole tiles; band: tiles side by
-    side; order: instead of what `_order` takes."""
+    split: parts of the contraction, in programs of their own; cut: parts of every step's columns, one for each warp (1, or num_warps with x in its
+    natural order); ordered: x reordered before the product; dense: both operands decoded before it; band: tiles side by side."""
     if kind == "decode": return dict(BR=16, BK=256, num_warps=4)
-    fused = dict(split=1, shares=0, ordered=True, scratch=False, num_warps=4, num_stages=3, maxnreg=None)
+    fused = dict(split=1, cut=1, ordered=True, num_warps=4, num_stages=3, maxnreg=None)
     if dtype == torch.float32: return dict(fused, BN=64, BM=16, BK=32, num_stages=2)
-    if kind == "contraction": return dict(fused, BN=128, BM=128, BK=64, scratch=True)
+    if kind == "contraction": return dict(fused, BN=128, BM=128, BK=64)
     per_expert = triton.cdiv(r, e)
     if kind == "whole" and r > 64: return dict(dense=True, BM=128, BN=256, BK=64, band=8, flatten=True, num_warps=8, num_stages=3)
     if per_expert > 64: return dict(fused, BN=128, BM=64, BK=128) if codes else dict(fused, BN=256, BM=128, BK=64, num_warps=8)
@@ -79,9 +77,9 @@ def _tiles(kind: str, r: int, n: int, k: int, e: int, dtype: torch.dtype, codes:
         block_m = triton.next_power_of_2(per_expert)
         return dict(fused, BN=128, BM=block_m, BK=256, split=split * 2 if split > 1 else 1, num_warps=8)
     if codes: return dict(fused, BN=64, BM=16, BK=256, split=split)
-    if per_expert > 8: return dict(fused, BN=64, BM=16, BK=256, split=split, ordered=False, order=1, num_stages=4)
+    if per_expert > 8: return dict(fused, BN=64, BM=16, BK=256, split=split, ordered=False, num_stages=4)
     if kind == "rows": return dict(fused, BN=128, BM=8, BK=256, maxnreg=128)
-    return dict(fused, BN=32, BM=8, BK=512, num_warps=2)
+    return dict(fused, BN=32, BM=8, BK=512, cut=4, ordered=False)
 
 
 def _native(device: torch.device) -> bool:
@@ -113,8 +111,8 @@ def _values(bits, scale, MX: tl.constexpr, GPU: tl.constexpr):
 
 
 @triton.jit
-def _decode(words_nj, scale_nq, ORDER: tl.constexpr, MX: tl.constexpr, GPU: tl.constexpr, CUT: tl.constexpr = 0):
-    """bf16 [n, 8 j] · 2^-8 (MX: as it is) of codes [n, j] in 32-bit words and scale bytes [n, q]; ORDER: see `_reorder`; 0: as they are."""
+def _decode(words_nj, scale_nq, MX: tl.constexpr, GPU: tl.constexpr):
+    """bf16 [n, 8 j] · 2^-8 (MX: as it is) of codes [n, j] in 32-bit words and scale bytes [n, q]."""
     n: tl.constexpr = words_nj.shape[0]
     j: tl.constexpr = words_nj.shape[1]
     q: tl.constexpr = scale_nq.shape[1]
@@ -131,43 +129,42 @@ def _decode(words_nj, scale_nq, ORDER: tl.constexpr, MX: tl.constexpr, GPU: tl.c
     v2 = _values((down_nj & 0x003C003C) * 0x0410 & 0x81C081C0, scale, MX, GPU)
     v3 = _values(words_nj & 0x80008000 | down_nj & 0x01C001C0, scale, MX, GPU)       # the sign is in place already
     values = tl.join(tl.join(v0, v2), tl.join(v1, v3))           # [n, j, half, i // 2, i % 2]: column 8 j + 4 half + i
-    if CUT: return tl.reshape(tl.permute(tl.reshape(values, (n, CUT, ORDER, j // CUT // ORDER, 2, 2, 2)), (1, 0, 5, 6, 3, 2, 4)), (CUT, n, 8 * j // CUT))
-    elif not ORDER: return tl.reshape(values, (n, 8 * j))
-    else: return tl.reshape(tl.permute(tl.reshape(values, (n, ORDER, j // ORDER, 2, 2, 2)), (0, 4, 5, 2, 1, 3)), (n, 8 * j))
+    return tl.reshape(values, (n, 8 * j))
 
 
 @triton.jit
-def _reorder(x_rk, ORDER: tl.constexpr, CUT: tl.constexpr = 0):
-    """Columns (part, word, half, i) -> (i, word, part, half), in ORDER parts. In registers when a thread holds eight neighbours."""
+def _reorder(x_rk, ORDER: tl.constexpr, CUT: tl.constexpr):
+    """Columns (warp, part, word, half, i) -> (i, word, part, half), in ORDER parts. With CUT > 1 warps that take CUT parts of the columns, the warps
+    come first: [CUT, r, k / CUT]. In registers when a thread holds eight neighbours."""
     r: tl.constexpr = x_rk.shape[0]
     k: tl.constexpr = x_rk.shape[1]
-    if CUT: return tl.reshape(tl.permute(tl.reshape(x_rk, (r, CUT, ORDER, k // (8 * CUT * ORDER), 2, 2, 2)), (1, 0, 5, 6, 3, 2, 4)), (CUT, r, k // CUT))
-    else: return tl.reshape(tl.permute(tl.reshape(x_rk, (r, ORDER, k // (8 * ORDER), 2, 2, 2)), (0, 4, 5, 2, 1, 3)), (r, k))
+    x = tl.permute(tl.reshape(x_rk, (r, CUT, ORDER, k // (8 * CUT * ORDER), 2, 2, 2)), (1, 0, 5, 6, 3, 2, 4))
+    if CUT > 1: return tl.reshape(x, (CUT, r, k // CUT))
+    else: return tl.reshape(x, (r, k))
 
 
 @triton.jit
-def _load_codes(words, scales, row_n, j, q, end, ROW_WORDS, ROW_SCALES, WIDTH: tl.constexpr, EVEN: tl.constexpr, ORDER: tl.constexpr,
-                GPU: tl.constexpr, CUT: tl.constexpr = 0):
+def _load_codes(words, scales, row_n, j, q, end, ROW_WORDS, ROW_SCALES, WIDTH: tl.constexpr, EVEN: tl.constexpr, GPU: tl.constexpr):
     """Decoded columns [n, 8 j] of the rows whose numbers are given; j and q: word and scale numbers; beyond column `end` zeros."""
     words_at, scales_at = words + row_n[:, None] * ROW_WORDS + j[None, :], scales + row_n[:, None] * ROW_SCALES + q[None, :]
     if EVEN: words_nj, scale_nq = tl.load(words_at), tl.load(scales_at)
     else:
         words_nj = tl.load(words_at, mask=(j < end // 8)[None, :], other=0)
         scale_nq = tl.load(scales_at, mask=(q < end // WIDTH)[None, :], other=0)
-    return _decode(words_nj.to(tl.uint32, bitcast=True), scale_nq, ORDER, WIDTH == 32, GPU, CUT)
+    return _decode(words_nj.to(tl.uint32, bitcast=True), scale_nq, WIDTH == 32, GPU)
 
 
 @triton.jit
-def _decode_kernel(out, words, scales, R, K, OUT_ROW, ROW_WORDS, ROW_SCALES, ORDER: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
-                   WIDTH: tl.constexpr, GPU: tl.constexpr):
-    """Codes -> 16 bits without the global scale, in natural order, or in that of `_reorder` with zeros up to a multiple of BK."""
+def _decode_kernel(out, words, scales, R, K, ROW_WORDS, ROW_SCALES, BR: tl.constexpr, BK: tl.constexpr, WIDTH: tl.constexpr,
+                   GPU: tl.constexpr):
+    """Codes -> 16 bits without the global scale."""
     r = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64)
     k0 = tl.program_id(1) * BK
     rows = tl.minimum(r, R - 1)
     values = _load_codes(words, scales, rows, k0 // 8 + tl.arange(0, BK // 8), k0 // WIDTH + tl.arange(0, BK // WIDTH), K, ROW_WORDS, ROW_SCALES,
-                         WIDTH, False, ORDER, GPU)
+                         WIDTH, False, GPU)
     k = k0 + tl.arange(0, BK)
-    tl.store(out + r[:, None] * OUT_ROW + k[None, :], values, mask=(r < R)[:, None] & (k < OUT_ROW)[None, :])
+    tl.store(out + r[:, None] * K + k[None, :], values, mask=(r < R)[:, None] & (k < K)[None, :])
 
 
 @triton.jit
@@ -175,7 +172,7 @@ def _reorder_kernel(out, x, R, K, X_ROW, OUT_ROW, ORDER: tl.constexpr, BR: tl.co
     """x in the order of `_reorder` with zeros up to a multiple of BK: done once, the product can copy x to shared memory as it is."""
     r = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64)[:, None]
     k = (tl.program_id(1) * BK + tl.arange(0, BK))[None, :]
-    x_rk = _reorder(tl.load(x + r * X_ROW + k, mask=(r < R) & (k < K), other=0.0), ORDER)
+    x_rk = _reorder(tl.load(x + r * X_ROW + k, mask=(r < R) & (k < K), other=0.0), ORDER, 1)
     tl.store(out + r * OUT_ROW + k, x_rk, mask=r < R)
 
 
@@ -263,31 +260,31 @@ def _finish(out, part, acc_nr, x_global, w_global, e, n, r, r_end, k_start, R, N
 
 @triton.jit
 def _tile_sum(x, x_scales, w, w_scales, rows_n, rows_r, live_r, k_start, k_end, X_ROW, X_SCALES, W_ROW, W_SCALES, GROUP: tl.constexpr,
-              FORM: tl.constexpr, ORDER: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, GPU: tl.constexpr, BK: tl.constexpr,
-              STAGES: tl.constexpr, CUT: tl.constexpr = 0):
-    """fp32 [n, r]: the sum over columns k_start to k_end of the given rows of w and x."""
+              FORM: tl.constexpr, ORDER: tl.constexpr, CUT: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, GPU: tl.constexpr,
+              BK: tl.constexpr, STAGES: tl.constexpr):
+    """fp32 [n, r], or [CUT, n, r] from CUT warps: the sum over columns k_start to k_end of the given rows of w and x."""
     j, q = tl.arange(0, BK // 8), tl.arange(0, BK // WIDTH)
-    if CUT: acc_nr = tl.zeros((CUT, rows_n.shape[0], rows_r.shape[0]), tl.float32)
-    else: acc_nr = tl.zeros((rows_n.shape[0], rows_r.shape[0]), tl.float32)
+    acc_nr = tl.zeros((CUT, rows_n.shape[0], rows_r.shape[0]) if CUT > 1 else (rows_n.shape[0], rows_r.shape[0]), tl.float32)
     for k in tl.range(k_start, k_end, BK, num_stages=STAGES):
         if GROUP == "contraction": k = tl.multiple_of(k, 16)
         c = k + tl.arange(0, BK)
         if FORM == "decoded": w_nk = tl.load(w + rows_n[:, None] * W_ROW + c[None, :], mask=(c < k_end)[None, :], other=0.0)
-        else: w_nk = _load_codes(w, w_scales, rows_n, k // 8 + j, k // WIDTH + q, k_end, W_ROW, W_SCALES, WIDTH, EVEN, ORDER, GPU, CUT)
-        if FORM == "codes": x_rk = _load_codes(x, x_scales, rows_r, k // 8 + j, k // WIDTH + q, k_end, X_ROW, X_SCALES, WIDTH, EVEN, ORDER, GPU)
+        else: w_nk = _reorder(_load_codes(w, w_scales, rows_n, k // 8 + j, k // WIDTH + q, k_end, W_ROW, W_SCALES, WIDTH, EVEN, GPU), ORDER, CUT)
+        if FORM == "codes":
+            x_rk = _reorder(_load_codes(x, x_scales, rows_r, k // 8 + j, k // WIDTH + q, k_end, X_ROW, X_SCALES, WIDTH, EVEN, GPU), ORDER, CUT)
         else:
             live = live_r[:, None] if EVEN or FORM == "ordered" else live_r[:, None] & (c < k_end)[None, :]
             x_rk = tl.load(x + rows_r[:, None] * X_ROW + c[None, :], mask=live, other=0.0)
             if FORM == "natural": x_rk = _reorder(x_rk, ORDER, CUT)
-        acc_nr = _dot(w_nk.to(x_rk.dtype), tl.permute(x_rk, (0, 2, 1)) if CUT else x_rk.T, acc_nr, GPU)
-    return tl.sum(acc_nr, 0) if CUT else acc_nr
+        acc_nr = _dot(w_nk.to(x_rk.dtype), tl.permute(x_rk, (0, 2, 1)) if CUT > 1 else x_rk.T, acc_nr, GPU)
+    return acc_nr
 
 
 @triton.jit
 def _fused_kernel(out, x, x_scales, x_global, w, w_scales, w_global, ends_e, tile_e, tile_r, R, N, K, E, X_ROW, X_SCALES, W_ROW, W_SCALES, STEPS,
-                  XG_E, XG_R, XG_Q, WG_E, WG_R, WG_Q, GROUP: tl.constexpr, FORM: tl.constexpr, ORDER: tl.constexpr, SCALED: tl.constexpr,
-                  WIDTH: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr, UNDO: tl.constexpr, GPU: tl.constexpr,
-                  BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, CUT: tl.constexpr):
+                  XG_E, XG_R, XG_Q, WG_E, WG_R, WG_Q, GROUP: tl.constexpr, FORM: tl.constexpr, ORDER: tl.constexpr, CUT: tl.constexpr,
+                  SCALED: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr, UNDO: tl.constexpr, GPU: tl.constexpr, BN: tl.constexpr,
+                  BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr):
     """One [BN, BM] tile of w · xᵀ. w [N, K] or [E, N, K] in words of codes, x [R, K]; FORM: x in words of codes ("codes"), in 16 (32) bits as
     it is ("natural") or reordered ("ordered"), or both operands "decoded"."""
     # 1. which expert, which rows, which part of the contraction
@@ -305,7 +302,8 @@ def _fused_kernel(out, x, x_scales, x_global, w, w_scales, w_global, ends_e, til
     rows_n, rows_r = tl.minimum(n, N - 1).to(tl.int64), tl.minimum(r, R - 1).to(tl.int64)
     if GROUP == "rows": rows_n += e.to(tl.int64) * N
     acc_nr = _tile_sum(x, x_scales, w, w_scales, rows_n, rows_r, r < r_end, k_start, k_end, X_ROW, X_SCALES, W_ROW, W_SCALES, GROUP, FORM, ORDER,
-                       WIDTH, EVEN, GPU, BK, STAGES, CUT)
+                       CUT, WIDTH, EVEN, GPU, BK, STAGES)
+    if CUT > 1: acc_nr = tl.sum(acc_nr, 0)
 
     # 3. the global scales, and the store
     _finish(out, tl.program_id(1), acc_nr, x_global, w_global, e, n, r, r_end, k_start, R, N, K, XG_E, XG_R, XG_Q, WG_E, WG_R, WG_Q, GROUP, SCALED,
@@ -313,32 +311,11 @@ def _fused_kernel(out, x, x_scales, x_global, w, w_scales, w_global, ends_e, til
 
 
 @triton.jit
-def _shares_kernel(parts, x, w, w_scales, w_global, R, N, K, X_ROW, W_ROW, W_SCALES, STEPS, SHARE, WG_E, WG_R, WG_Q, ORDER: tl.constexpr,
-                   WIDTH: tl.constexpr, EVEN: tl.constexpr, UNDO: tl.constexpr, GPU: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
-                   BK: tl.constexpr, STAGES: tl.constexpr):
-    """Few rows of x, reordered: all [BN, BK] blocks of w in one line, tile after tile, cut into shares of equal length."""
-    first = tl.program_id(0) * SHARE
-    end = tl.minimum(first + SHARE, (N + BN - 1) // BN * STEPS)
-    r = tl.arange(0, BM)
-    rows_r = tl.minimum(r, R - 1).to(tl.int64)
-    for tile in range(first // STEPS, (end + STEPS - 1) // STEPS):
-        n = tile * BN + tl.arange(0, BN)
-        k_start, k_end = tl.maximum(first - tile * STEPS, 0) * BK, tl.minimum(tl.minimum(end - tile * STEPS, STEPS) * BK, K)
-        acc_nr = _tile_sum(x, x, w, w_scales, tl.minimum(n, N - 1).to(tl.int64), rows_r, r < R, k_start, k_end, X_ROW, 0, W_ROW, W_SCALES, "whole",
-                           "ordered", ORDER, WIDTH, EVEN, GPU, BK, STAGES)
-        part = tl.program_id(0) - tile * STEPS // SHARE
-        _finish(parts, part, acc_nr, w_global, w_global, 0, n, r, R, 0, R, N, K, 0, 0, 0, WG_E, WG_R, WG_Q, "whole", False, WIDTH, UNDO, GPU)
-
-
-@triton.jit
-def _sum_kernel(out, parts, SIZE, N, STEPS, SHARE, SPLIT: tl.constexpr, BN: tl.constexpr, GPU: tl.constexpr, BLOCK: tl.constexpr):
-    """The parts of a cut contraction, added in order: the same result in every run. With shares, a tile has as many parts as shares touch it."""
+def _sum_kernel(out, parts, SIZE, SPLIT: tl.constexpr, GPU: tl.constexpr, BLOCK: tl.constexpr):
+    """The parts of a split contraction, added in order: the same result in every run."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    step = (i % N // BN * STEPS).to(tl.int32)
-    count = (step + STEPS - 1) // SHARE - step // SHARE + 1
     total = tl.zeros((BLOCK,), tl.float32)
-    for part in tl.static_range(SPLIT):
-        total += tl.load(parts + part * SIZE + i, mask=(i < SIZE) & (part < count), other=0.0)
+    for part in tl.static_range(SPLIT): total += tl.load(parts + part * SIZE + i, mask=i < SIZE, other=0.0)
     tl.store(out + i, _rounded(total, out.dtype.element_ty, GPU), mask=i < SIZE)
 
 
@@ -445,15 +422,12 @@ def _list_row_tiles(offsets_e: Tensor, rows: int, block_m: int) -> tuple[Tensor,
     return tile_e, tile_r
 
 
-def _decoded(q, dtype: torch.dtype, step: int = 0, order: int = 0) -> Tensor:
-    """Codes times block scales, exact in 16 bits, without the global scale; in the order of the product's steps of that many columns, if given."""
-    rows, k = q.shape
-    tiles = _tiles("decode", rows, 0, k, 1, dtype)
-    if step: tiles = {**tiles, "BK": step, "BR": max(1, 4096 // step)}
-    row = triton.cdiv(k, step) * step if step else k
-    out = torch.empty(rows, row, dtype=dtype, device=q.codes.device)
+def _decoded(q, dtype: torch.dtype) -> Tensor:
+    """Codes times block scales, exact in 16 bits, without the global scale."""
+    (rows, k), tiles = q.shape, _tiles("decode", *q.shape, 0, 1, dtype)
+    out = torch.empty(rows, k, dtype=dtype, device=q.codes.device)
     _decode_kernel[(triton.cdiv(rows, tiles["BR"]), triton.cdiv(k, tiles["BK"]))](
-        out, _words(q), _scale_bytes(q), rows, k, row, k // 8, k // q.block[1], ORDER=order, WIDTH=q.block[1], GPU=_compiled(), **tiles)
+        out, _words(q), _scale_bytes(q), rows, k, k // 8, k // q.block[1], WIDTH=q.block[1], GPU=_compiled(), **tiles)
     return out
 
 
@@ -490,7 +464,7 @@ def _dense(x, w, out_dtype: torch.dtype, dtype: torch.dtype, tiles: dict) -> Ten
 
 def _order(tiles: dict) -> int:
     """The parts of `_reorder` that make the words of one thread neighbours: wgmma deals pairs of columns to four threads, mma here eight columns."""
-    return tiles.get("order") or (4 if tiles["BN"] >= 64 and tiles["BM"] >= 16 and tiles["num_warps"] % 4 == 0 else 1)
+    return 4 if tiles["BN"] >= 64 and tiles["BM"] >= 16 and tiles["num_warps"] % 4 == 0 and tiles["cut"] == 1 else 1
 
 
 def _fused(x, w, offsets_e: Tensor | None, group: str, out_dtype: torch.dtype, tiles: dict) -> Tensor:
@@ -498,14 +472,14 @@ def _fused(x, w, offsets_e: Tensor | None, group: str, out_dtype: torch.dtype, t
     quantized, (rows, k), n = not isinstance(x, Tensor), x.shape, w.shape[-2]
     experts, device, split = 1 if offsets_e is None else len(offsets_e), w.codes.device, tiles["split"]
     bn, bm, bk, width, order = tiles["BN"], tiles["BM"], tiles["BK"], w.block[1], _order(tiles)
-    # scratch: x decoded once and not once per n tile; in a grouped contraction w as well
-    form = "codes" if quantized and not tiles["scratch"] else "decoded" if group == "contraction" else "ordered" if tiles["ordered"] else "natural"
+    # a grouped contraction reads both operands many times: decoded once, before it
+    form = "decoded" if group == "contraction" else "codes" if quantized else "ordered" if tiles["ordered"] else "natural"
     shape = (experts, n, rows) if group == "contraction" else (rows, n)
     out = torch.empty(shape, dtype=out_dtype, device=device)
     parts = out if split == 1 else torch.empty(split, *shape, dtype=torch.float32, device=device)
     w_words, w_row = (_words(w), k // 8) if form != "decoded" else (_decoded(w, torch.bfloat16), k)
     if form == "codes": x_words, x_scales = _words(x), _scale_bytes(x)
-    elif quantized: x_words, x_scales = _decoded(x, torch.bfloat16, *((bk, order) if form == "ordered" else ())), out
+    elif quantized: x_words, x_scales = _decoded(x, torch.bfloat16), out
     else:
         x_words, x_scales = x if x.stride(1) == 1 else x.contiguous(), out
         if form == "ordered": x_words = _reordered(x_words, bk, order)
@@ -516,31 +490,10 @@ def _fused(x, w, offsets_e: Tensor | None, group: str, out_dtype: torch.dtype, t
         parts, x_words, x_scales, x.global_scale if quantized else w.global_scale, w_words, _scale_bytes(w), w.global_scale,
         out if offsets_e is None else offsets_e, tile_e, tile_r, rows, n, k, experts, x_words.stride(0), k // width, w_row, k // width,
         triton.cdiv(k, split * bk), *(_global_strides(x) if quantized else (0, 0, 0)), *_global_strides(w),
-        GROUP=group, FORM=form, ORDER=order, SCALED=quantized, WIDTH=width, SPLIT=split, EVEN=even,
+        GROUP=group, FORM=form, ORDER=order, CUT=tiles["cut"], SCALED=quantized, WIDTH=width, SPLIT=split, EVEN=even,
         UNDO=_owed(w) * (_owed(x) if quantized else 1), GPU=_compiled(),
-        BN=bn, BM=bm, BK=bk, STAGES=tiles["num_stages"], CUT=tiles.get("cut", 0), num_warps=tiles["num_warps"], maxnreg=tiles["maxnreg"])
-    if split > 1:          # steps = split in shares of one: every tile has all parts
-        _sum_kernel[(triton.cdiv(out.numel(), 256),)](out, parts, out.numel(), n, split, 1, SPLIT=split, BN=bn, GPU=_compiled(), BLOCK=256,
-                                                      num_warps=2)
-    return out
-
-
-def _shares(x: Tensor, w, out_dtype: torch.dtype, tiles: dict) -> Tensor:
-    """x · wᵀ for few rows of x: equal shares of w's blocks for a number of programs, then the sums of the tiles that were cut."""
-    (rows, k), n = x.shape, w.shape[0]
-    bn, bm, bk, width, order = tiles["BN"], tiles["BM"], tiles["BK"], w.block[1], _order(tiles)
-    steps = triton.cdiv(k, bk)
-    work = triton.cdiv(n, bn) * steps
-    share = triton.cdiv(work, min(work, _processors(x.device) * tiles["shares"]))
-    out = x.new_empty(rows, n, dtype=out_dtype)
-    parts = x.new_empty(triton.cdiv(steps - 1, share) + 1, rows, n, dtype=torch.float32)
-    x_words = _reordered(x if x.stride(1) == 1 else x.contiguous(), bk, order)
-    _shares_kernel[(triton.cdiv(work, share),)](
-        parts, x_words, _words(w), _scale_bytes(w), w.global_scale, rows, n, k, x_words.stride(0), k // 8, k // width, steps, share,
-        *_global_strides(w), ORDER=order, WIDTH=width, EVEN=k % bk == 0, UNDO=_owed(w), GPU=_compiled(), BN=bn, BM=bm, BK=bk,
-        STAGES=tiles["num_stages"], num_warps=tiles["num_warps"], maxnreg=tiles["maxnreg"])
-    _sum_kernel[(triton.cdiv(out.numel(), 256),)](out, parts, out.numel(), n, steps, share, SPLIT=len(parts), BN=bn, GPU=_compiled(), BLOCK=256,
-                                                  num_warps=2)
+        BN=bn, BM=bm, BK=bk, STAGES=tiles["num_stages"], num_warps=tiles["num_warps"], maxnreg=tiles["maxnreg"])
+    if split > 1: _sum_kernel[(triton.cdiv(out.numel(), 256),)](out, parts, out.numel(), SPLIT=split, GPU=_compiled(), BLOCK=256, num_warps=2)
     return out
 
 
@@ -585,9 +538,8 @@ def _weights_only(x: Tensor, w, offsets_e: Tensor | None) -> Tensor:
     (rows, k), n, experts = x_rk.shape, w.shape[-2], 1 if offsets_e is None else len(offsets_e)
     if not rows * n * k * experts: return x.new_zeros(*x.shape[:-1], n)
     tiles = _tiles("rows" if group == "rows" else "whole", rows, n, k, experts, x_rk.dtype)
-    if tiles.get("dense"): y_rn = _dense(x_rk, w, x.dtype, x_rk.dtype, tiles)
-    elif tiles["shares"]: y_rn = _shares(x_rk, w, x.dtype, tiles)
-    else: y_rn = _fused(x_rk, w, offsets_e, group, x.dtype, tiles)
+    dense = tiles.get("dense")
+    y_rn = _dense(x_rk, w, x.dtype, x_rk.dtype, tiles) if dense else _fused(x_rk, w, offsets_e, group, x.dtype, tiles)
     return y_rn.view(*x.shape[:-1], n)
 
 

@@ -62,7 +62,7 @@ def _tiles(b: int, t: int, h: int, g: int, p: int, n: int, size: int) -> dict:
                 scan=dict(AHEAD=2, LATE=0, TURN=False, num_warps=8 if wide else 4, num_stages=stages),
                 back=dict(AHEAD=True, LATE=False, num_warps=8, num_stages=deep),
                 add=dict(num_warps=8 if wide else 4, num_stages=1), outputs=dict(num_warps=8 if wide else 4, num_stages=1),
-                grads_read=dict(TWO=False, num_warps=8, num_stages=deep), grads_write=dict(ENDS=2, num_warps=8, num_stages=deep), splits=splits)
+                grads_read=dict(ROWS=False, TWO=True, num_warps=8, num_stages=deep), grads_write=dict(ENDS=2, TWO=True, num_warps=8, num_stages=deep), splits=splits)
 
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -436,9 +436,65 @@ def _grads_read(x_ptr, dy_ptr, B_ptr, C_ptr, steps_ptr, seen_ptr, states_ptr, pa
 
 
 @triton.jit
+def _grads_read_rows(x_ptr, dy_ptr, B_ptr, C_ptr, steps_ptr, seen_ptr, states_ptr, pair_ptr, dC_ptr, dsteps_ptr, x_b, x_t, x_h, dy_b, dy_t, dy_h,
+                     B_b, B_t, B_g, C_b, C_t, C_g, t, h, j, g, p: tl.constexpr, n: tl.constexpr, P: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
+                     DOCS: tl.constexpr, SPLITS: tl.constexpr, TWO: tl.constexpr):
+    """One chunk, one group (or a SPLITS-th of its heads), what its tokens read: dC, the gradient of C Bᵀ, and sums of rows for dt, A and D.
+
+    Matrices lie as [t, s], token t reads the earlier token s, and are written transposed. A sum over a tile makes warps wait for each other:
+    sums in the same direction share one wait.
+    """
+    c, b, chunks = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64), tl.num_programs(0)
+    group, split, long, i = tl.program_id(1) // SPLITS, tl.program_id(1) % SPLITS, chunks * L, tl.arange(0, L)
+    head = group * j + split * (j // SPLITS)
+    inside, real, seen = _tokens(seen_ptr + b * long, tl.program_id(0) * L, t, L, DOCS)
+    row = _rows_of(p, P)
+    visible = i[:, None] >= i[None, :]
+    if DOCS: visible &= seen[:, None] == seen[None, :]
+    B = _tile(B_ptr + b * B_b + c * L * B_t + group * B_g, B_t, inside, n, N, L)
+    C = _tile(C_ptr + b * C_b + c * L * C_t + group * C_g, C_t, inside, n, N, L)
+    scores, dscores, dC = _dot(C, tl.trans(B), None), tl.zeros([L, L], tl.float32), tl.zeros([L, N], tl.float32)
+
+    x_ptr += b * x_b + c * L * x_t + head * x_h
+    dy_ptr += b * dy_b + c * L * dy_t + head * dy_h
+    states_ptr += ((b * chunks + c) * h + head) * p * n
+    steps_ptr += (b * h + head) * 4 * long + c * L + i
+    dsteps_ptr += (b * h + head) * 4 * long + c * L + i
+    cs, dt, into = tl.load(steps_ptr), tl.load(steps_ptr + long), tl.load(steps_ptr + 2 * long)
+    for k in range(j // SPLITS):
+        x, dy, S = _tile(x_ptr, x_t, real, p, P, L), _tile(dy_ptr, dy_t, real, p, P, L), _tile(states_ptr, n, row, n, N, P)
+        # the next head's steps have this head's time to come; the last head loads its own again
+        steps_ptr += tl.where(k + 1 < j // SPLITS, 4 * long, 0)
+        cs_next, dt_next, into_next = tl.load(steps_ptr), tl.load(steps_ptr + long), tl.load(steps_ptr + 2 * long)
+        # inside the chunk; on the diagonal, where nothing fades, lies <dy, x> for D
+        dM = _dot(dy, tl.trans(x), None) * tl.exp2(tl.where(visible, cs[:, None] - cs[None, :], float("-inf")))
+        diagonal = tl.where(i[:, None] == i[None, :], dM, 0.0)
+        dscores += dM * dt[None, :]
+        dM *= scores
+        tl.store(dsteps_ptr + long, tl.sum(dM, 0))
+        # from the state: y_t = into_t S C_t. The sums run over S C_t and dy [L, p]: over C and its gradient [L, n] they would be twice as long
+        near, old = dM * dt[None, :], _dot(C, tl.trans(S), None) * dy * into[:, None]
+        if TWO and L == P: dyy, dyx = tl.reduce((near + old, diagonal), 1, _plus)
+        else: dyy, dyx = tl.sum(near, 1) + tl.sum(old, 1), tl.sum(diagonal, 1)
+        tl.store(dsteps_ptr, dyy)
+        tl.store(dsteps_ptr + 3 * long, dyx)
+        dC = _dot(_cast(dy * into[:, None], S.dtype), S, dC)
+        cs, dt, into = cs_next, dt_next, into_next
+        x_ptr += x_h
+        dy_ptr += dy_h
+        states_ptr += p * n
+        dsteps_ptr += 4 * long
+    pair_ptr += (((b * chunks + c) * g + group) * SPLITS + split) * 2 * L * L
+    _put(pair_ptr, L, None, tl.trans(scores), L, L, L)
+    _put(pair_ptr + L * L, L, None, tl.trans(dscores), L, L, L)
+    dC_ptr += (((split * tl.num_programs(2) + b) * t + c * L) * g + group) * n
+    _put(dC_ptr, g * n, inside, _dot(_cast(dscores, B.dtype), B, dC), n, N, L)
+
+
+@triton.jit
 def _grads_write(x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, steps_ptr, keep_ptr, seen_ptr, states_ptr, dstates_ptr, pair_ptr, dx_ptr, dB_ptr, dsteps_ptr,
                  ends_ptr, x_b, x_t, x_h, dy_b, dy_t, dy_h, B_b, B_t, B_g, C_b, C_t, C_g, t, h, j, g, p: tl.constexpr, n: tl.constexpr,
-                 P: tl.constexpr, N: tl.constexpr, L: tl.constexpr, DOCS: tl.constexpr, SPLITS: tl.constexpr, ENDS: tl.constexpr):
+                 P: tl.constexpr, N: tl.constexpr, L: tl.constexpr, DOCS: tl.constexpr, SPLITS: tl.constexpr, ENDS: tl.constexpr, TWO: tl.constexpr):
     """As _grads_read, what its tokens wrote: dx, dB, <du, x> through the state, and <dS, S> of the chunk's end (a sum for every row of S).
 
     ENDS: how <dS, S> is made: 0 S is loaded when needed, 1 S is loaded a head ahead, into registers, 2 on the diagonal of a product.
@@ -483,12 +539,15 @@ def _grads_write(x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, steps_ptr, keep_ptr, seen_p
         else:
             S = _tile(states_ptr, n, row, n, N, P)
             states_ptr += p * n
-            if ENDS == 2:
-                q = tl.arange(0, P)
-                tl.store(ends_ptr, tl.sum(tl.where(q[:, None] == q[None, :], _dot(S, tl.trans(dS), None), 0.0), 1) * keep)
-            else: tl.store(ends_ptr, tl.sum(S.to(tl.float32) * dS, 1) * keep)
+            if ENDS == 0: tl.store(ends_ptr, tl.sum(S.to(tl.float32) * dS, 1) * keep)
         du = _dot(B, tl.trans(dS), None) * out[:, None]
-        far = tl.sum(du * x, 1)
+        if ENDS == 2:
+            q = tl.arange(0, P)
+            diagonal = tl.where(q[:, None] == q[None, :], _dot(S, tl.trans(dS), None), 0.0)
+            if TWO and L == P: far, end = tl.reduce((du * x, diagonal), 1, _plus)
+            else: far, end = tl.sum(du * x, 1), tl.sum(diagonal, 1)
+            tl.store(ends_ptr, end * keep)
+        else: far = tl.sum(du * x, 1)
         tl.store(dsteps_ptr, far)
         dB = _dot(_cast(x * (out * dt)[:, None], dS.dtype), dS, dB)
         M = scores * tl.exp2(tl.where(visible, cs[None, :] - cs[:, None], float("-inf")))
@@ -571,7 +630,8 @@ def _backward(dy, dlast, x, dt, A, B, C, D, doc_bt, steps, keep, seen, states, t
     dB, dC = (torch.empty(splits, b, t, g, n, device=x.device, dtype=x.dtype if splits == 1 else torch.float32) for _ in range(2))
     pair, grid = torch.empty(b, chunks, g, splits, 2, chunk, chunk, device=x.device), (chunks, g * splits, b)        # C Bᵀ and its gradient
     common = *x.stride()[:3], *dy.stride()[:3], *B.stride()[:3], *C.stride()[:3], t, h, _count(h // g), g
-    _grads_read[grid](x, dy, B, C, steps, seen, states, pair, dC, dsteps, *common, SPLITS=splits, **sizes, **tiles["grads_read"])
+    read = {**tiles["grads_read"]}
+    (_grads_read_rows if read.pop("ROWS") else _grads_read)[grid](x, dy, B, C, steps, seen, states, pair, dC, dsteps, *common, SPLITS=splits, **sizes, **read)
     _grads_write[grid](x, dy, B, C, D, steps, keep, seen, states, dstates, pair, dx, dB, dsteps, ends, *common, SPLITS=splits, **sizes,
                        **tiles["grads_write"])
     _steps_backward[(chunks, b, triton.cdiv(h, 16))](dsteps, ends, dt, A, seen, ddt, dA, dD, *dt.stride(), t, h, L=chunk, H=16, P=sizes["P"],

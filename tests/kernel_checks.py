@@ -50,7 +50,8 @@ class _Driver:
 def compiling_for(arch: int):
     """Inside, a kernel launch compiles for sm_<arch> and does not run; yields the list that collects (kernel name, compiled kernel).
 
-    The driver stays a pretended one: for a process of its own. Arguments are meant to be tensors on the device "meta", which have shapes and no memory. Not under TRITON_INTERPRET.
+    Arguments are meant to be tensors on the device "meta", which have shapes and no memory. Not under TRITON_INTERPRET, and for a process of its
+    own: the driver stays a pretended one.
     """
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction

@@ -488,3 +488,11 @@ def test_the_demo_runs_and_writes(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert all(f"{i} · " in shown for i in (1, 2, 3, 4)) and "nan" not in shown
     assert (tmp_path / "03_balance.png").stat().st_size > 10_000 and len((tmp_path / "results.jsonl").read_text().splitlines()) == 5
+
+
+def test_three_bf16_parts_hold_an_fp32_number():
+    """What fp32_product hands to tensor cores: the parts sum to the number exactly, and a bf16 tensor is not split."""
+    x = torch.randn(4096, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, 4096)
+    parts = moe.bf16_parts(x)
+    assert len(parts) == 3 and all(part.dtype == torch.bfloat16 for part in parts) and torch.equal(sum(part.double() for part in parts), x.double())
+    assert moe.bf16_parts(parts[0]) == [parts[0]]

@@ -125,3 +125,20 @@ def test_offsets_beyond_two_to_the_31_are_right():
     assert torch.equal(q.codes[-1], last.codes) and torch.equal(q.block_scale[-1].view(torch.uint8), last.block_scale.view(torch.uint8))
     served = nvfp4.matmul_w4a16(x, q, torch.full((e,), 20, device="cuda", dtype=torch.int32) * (torch.arange(e, device="cuda") == e - 1))
     assert ((served.float() - x.float() @ last.dequantize().T).norm() / served.float().norm()).item() < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_router_of_bf16_activations_is_as_exact_as_fp32(dtype):
+    """Three parts of 8 bits and all pairs that matter: without the lowest part, or the products of middle parts, the error is 100 times larger."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    x, w, dy = (torch.randn(*shape, device="cuda") for shape in ((70, 300), (40, 300), (70, 40)))
+    x, w = x.bfloat16(), w.to(dtype)
+    def logits_and_gradients(run, wide):
+        leaves = [t.detach().to(wide or t.dtype).requires_grad_() for t in (x, w)]
+        y = run(*leaves)
+        return [y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
+    ours = logits_and_gradients(moe.RouterLogits.apply, None)
+    plain, exact = (logits_and_gradients(lambda x, w: x @ w.T, wide) for wide in (torch.float32, torch.float64))
+    for ours_t, plain_t, exact_t in zip(ours, plain, exact):
+        error = (plain_t.to(ours_t.dtype).double() - exact_t).norm()      # gradients of bf16 tensors are rounded to bf16
+        assert (ours_t.double() - exact_t).norm() <= 2 * error + 1e-7 * exact_t.norm()

@@ -34,7 +34,7 @@ def ends(*values, dtype=torch.int32):
 def tiles(monkeypatch, **changes):
     """Other launch parameters: the same code on tiles that small tests can cross."""
     real = gemm._tiles
-    monkeypatch.setattr(gemm, "_tiles", lambda *args: {**real(*args), **changes})
+    monkeypatch.setattr(gemm, "_tiles", lambda kind, *args: real(kind, *args) if kind == "decode" else {**real(kind, *args), **changes})
 
 
 def assert_equal(twin, stage):
@@ -101,14 +101,13 @@ ROUTINGS = {"mixed": (3, 3, 20, 60, 60, 71), "all on one": (0, 0, 0, 71, 71, 71)
             "one row each": (1, 2, 3, 4, 5, 71)}
 
 
-@pytest.mark.parametrize("routing, format, scratch", [*((routing, "nvfp4", i % 2 == 0) for i, routing in enumerate(ROUTINGS)),
-                                                      ("mixed", "mxfp4", False)])
-def test_grouped_rows_with_empty_experts(routing, format, scratch, monkeypatch):
-    """Tiles of 16 rows that no expert's rows fill, x decoded in the product or before it: catches rows that take a neighbour's expert."""
-    tiles(monkeypatch, BM=16, BN=64, BK=64, scratch=scratch)
+@pytest.mark.parametrize("routing, format", [*((routing, "nvfp4") for routing in ROUTINGS), ("mixed", "mxfp4")])
+def test_grouped_rows_with_empty_experts(routing, format, monkeypatch):
+    """Tiles of 16 rows that no expert's rows fill: catches rows that take a neighbour's expert."""
+    tiles(monkeypatch, BM=16, BN=64, BK=64)
     a = integers(71, 96, scales=powers(71, seed=2), format=format)
     b = integers(6, 40, 96, seed=1, scales=powers(6, seed=3), format=format)
-    offsets_e = ends(*ROUTINGS[routing], dtype=torch.int64 if scratch else torch.int32)
+    offsets_e = ends(*ROUTINGS[routing], dtype=torch.int64 if routing == "mixed" else torch.int32)
     assert_equal(gemm.matmul(a, b, offsets_e, torch.bfloat16), nvfp4.matmul(a, b, offsets_e, torch.bfloat16, impl="torch"))
 
 
@@ -121,10 +120,10 @@ def test_rows_behind_the_last_expert_are_zero():
     assert not y[18:].any()
 
 
-@pytest.mark.parametrize("format, scratch", [("nvfp4", False), ("mxfp4", False), ("nvfp4", True)])
-def test_grouped_contraction_with_empty_experts_and_a_padded_end(format, scratch, monkeypatch):
+@pytest.mark.parametrize("format", FORMATS)
+def test_grouped_contraction_with_empty_experts_and_a_padded_end(format, monkeypatch):
     """A weight gradient per expert; steps of 64 columns start in the middle of a step of the neighbour. Beyond the last end nothing counts."""
-    tiles(monkeypatch, BM=32, BN=32, BK=64, scratch=scratch)
+    tiles(monkeypatch, BM=32, BN=32, BK=64)
     unit = 16 if format == "nvfp4" else 32
     offsets_e = ends(*(unit * i for i in (0, 3, 3, 4, 9, 9)))
     columns = 11 * unit
@@ -168,29 +167,29 @@ def test_w4a16_is_no_worse_than_plain(r, dtype, format):
 @pytest.mark.parametrize("split", [2, 4])
 def test_a_cut_contraction_adds_up_and_repeats(split, monkeypatch):
     """Parts that do not divide k, the last one empty or short: 528 columns in parts of 320 or 192."""
-    tiles(monkeypatch, split=split, shares=0, BK=64)
+    tiles(monkeypatch, split=split, cut=1, BK=64)
     x, w = torch.randint(-8, 9, (3, 528), generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE), integers(40, 528)
     y = gemm.matmul_w4a16(x, w)
     assert_equal(y, (x.double() @ w.dequantize(torch.float64).T).bfloat16())
     assert_equal(gemm.matmul_w4a16(x, w), y)
 
 
-@pytest.mark.parametrize("r, k, format", [(1, 272, "nvfp4"), (7, 96, "mxfp4"), (3, 32, "nvfp4")])
-def test_equal_shares_of_the_weights_add_up(r, k, format, monkeypatch):
-    """Shares that end within tiles, that hold a whole tile and parts of its neighbours, and a last one that is short: catches a block of columns
-    that is counted twice or never, and the parts of a tile that the sum takes for another's."""
-    for shares, processors in ((1, 3), (3, 4)):
-        tiles(monkeypatch, BN=16, BM=8, BK=64, shares=shares)
-        monkeypatch.setattr(gemm, "_processors", lambda device, processors=processors: processors)
+@pytest.mark.parametrize("r, k, format, split", [(1, 272, "nvfp4", 1), (7, 96, "mxfp4", 1), (3, 528, "nvfp4", 2), (11, 32, "nvfp4", 1)])
+def test_warps_that_cut_the_columns_of_a_step_add_up(r, k, format, split, monkeypatch):
+    """Four warps, four quarters of each step; the last step is short, in (1, 272) for three of them: catches a quarter that is counted twice or never,
+    and quarters of x that meet another warp's weights."""
+    for cut in (2, 4):
+        tiles(monkeypatch, BN=16, BM=16, BK=64 * cut, cut=cut, split=split, ordered=False)
         x, w = torch.randint(-8, 9, (r, k), generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE), integers(56, k, format=format)
         assert_equal(gemm.matmul_w4a16(x, w), (x.double() @ w.dequantize(torch.float64).T).bfloat16())
 
 
 @pytest.mark.parametrize("ordered", [False, True])
-@pytest.mark.parametrize("order", [1, 4])
-def test_the_order_of_columns_does_not_matter(ordered, order, monkeypatch):
+@pytest.mark.parametrize("order, bn", [(1, 32), (4, 64)])
+def test_the_order_of_columns_does_not_matter(ordered, order, bn, monkeypatch):
     """x reordered in the product or before it, for either instruction of the tensor cores; 272 columns are no multiple of a step."""
-    tiles(monkeypatch, BN=64, BM=16, BK=64, shares=0, ordered=ordered, order=order)
+    tiles(monkeypatch, BN=bn, BM=16, BK=64, cut=1, ordered=ordered)
+    assert gemm._order(gemm._tiles("whole", 20, 50, 272, 1, torch.bfloat16)) == order
     x, w = torch.randint(-8, 9, (20, 272), generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE), integers(50, 272)
     assert_equal(gemm.matmul_w4a16(x, w), (x.double() @ w.dequantize(torch.float64).T).bfloat16())
 
