@@ -46,8 +46,9 @@ def bf16_parts(x: Tensor) -> list[Tensor]:
 
 
 def fp32_product(a_mk: Tensor, b_nk: Tensor) -> Tensor:
-    """a · bᵀ as exact as in fp32, on a GPU's bf16 tensor cores: products of bf16 numbers are exact in fp32, so an fp32 operand goes in parts, side
-    by side along the contraction. Parts i and j of both operands matter together down to i + j = 2. Several times as fast as an fp32 product."""
+    """a · bᵀ of fp32 accuracy on a GPU's bf16 tensor cores: products of bf16 numbers are exact in fp32, so an fp32 operand goes in parts, side by
+    side along the contraction. Parts i and j of both operands matter together down to i + j = 2. Tensor cores cut the last bits of a sum: errors
+    were 4e-7 of the result's norm where fp32's are 1e-7. Several times as fast as an fp32 product."""
     pairs = [(a, b) for i, a in enumerate(bf16_parts(a_mk)) for j, b in enumerate(bf16_parts(b_nk)) if i + j < 3]
     a, b = (torch.cat(side, dim=1) for side in zip(*pairs))
     return torch.mm(a, b.T, out_dtype=torch.float32)

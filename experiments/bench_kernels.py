@@ -378,7 +378,7 @@ def measure(case: Case, copy_rate: float, product_rate: float, compiled: bool) -
 @dataclass(frozen=True)
 class Config:
     """Times the Triton twins on one GPU."""
-    only: str = ""                      # part of a case's or group's name
+    only: str = ""                      # cases or groups whose name holds this, or one of these: "ssd,conv"
     compiled: bool = True               # time torch.compile's version of the PyTorch path too
     out: Path = ROOT / "experiments"    # results.jsonl in this folder gets the rows
 
@@ -394,10 +394,11 @@ def main(config: Config) -> None:
     show = lambda ms: f"{ms:9.4f}" if ms is not None else f"{'':9}"
     print(f"{'milliseconds':62} {'ours':>9} {'asked':>9} {'floor':>9} {'eager':>9} {'compiled':>9} {'peer':>9}  best / ours")
     for group, cases in GROUPS.items():
-        matching = not config.only or config.only in group
+        parts = config.only.split(",")
+        matching = any(part in group for part in parts)
         started = time.perf_counter()
         for case in cases():
-            if not matching and config.only not in case.name: continue
+            if not matching and not any(part in case.name for part in parts): continue
             row = measure(case, copy_rate, product_rate, config.compiled)
             if "failed" in row: print(f"{row['case']:62} FAILED {row['failed']}", flush=True)
             else:

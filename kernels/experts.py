@@ -25,7 +25,8 @@ The tiling of a grouped product, here with 2, 0 and 1 row tiles in experts 0, 1 
 
 A tile of dW is two or three steps of products, too few to hide a load, so the loop runs over tiles instead. A program keeps a panel, all of an
 expert's tokens times 128 of their columns, in shared memory, and moves along the hidden layer; the next tile's rows arrive while this one is
-multiplied and the last one is stored:
+multiplied and the last one is stored. Those rows come through a descriptor that the program makes for its expert: it ends with the expert's rows,
+so the hardware puts zeros where a neighbour's rows would be, and no thread spends instructions on addresses:
 
                   hidden f  →  tile 0   tile 1   tile 2  ...  one product each, no loop over rows
     panel: 176 tokens        ┌────────┬────────┬────────┐
@@ -82,7 +83,7 @@ def _tiles(kind: str, rows: float, n: int, k: int, itemsize: int) -> dict:
     if itemsize == 4: block = (32, 64, 32, 4, 2)             # fp32 multiplies without tensor cores
     elif rows <= 12: block = (16, 128, 128, 4, 3)            # decode: nothing but streaming weights
     elif rows <= 64: block = (64, 128, 64, 4, 4)
-    elif kind == "down": block = (128, 256, 32, 8, 7)
+    elif kind == "down": block = (128, 256, 32, 8, 8)
     else: block = (128, 256, 64, 8, 3 if kind == "up" else 4)
     many = block[0] == 128
     return dict(BLOCK_M=block[0], BLOCK_N=small(block[1], n), BLOCK_K=small(block[2], k), num_warps=block[3], num_stages=block[4],

@@ -283,8 +283,8 @@ def _tile_sum(x, x_scales, w, w_scales, rows_n, rows_r, live_r, k_start, k_end, 
 @triton.jit
 def _fused_kernel(out, x, x_scales, x_global, w, w_scales, w_global, ends_e, tile_e, tile_r, R, N, K, E, X_ROW, X_SCALES, W_ROW, W_SCALES, STEPS,
                   XG_E, XG_R, XG_Q, WG_E, WG_R, WG_Q, GROUP: tl.constexpr, FORM: tl.constexpr, ORDER: tl.constexpr, CUT: tl.constexpr,
-                  SCALED: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr, UNDO: tl.constexpr, GPU: tl.constexpr, BN: tl.constexpr,
-                  BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr):
+                  SCALED: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr, UNDO: tl.constexpr, GPU: tl.constexpr,
+                  BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr):
     """One [BN, BM] tile of w · xᵀ. w [N, K] or [E, N, K] in words of codes, x [R, K]; FORM: x in words of codes ("codes"), in 16 (32) bits as
     it is ("natural") or reordered ("ordered"), or both operands "decoded"."""
     # 1. which expert, which rows, which part of the contraction

@@ -29,7 +29,7 @@ border makes entries of decay, into, out or keep 0; padding has dt = 0 and its x
 What must move at Ultra's layer (t 8192, h 256, p 64, g 8, n 128, bf16): x and y 2 × 268 MB, B and C 2 × 17 MB; but every head reads B and C from
 the L2 cache, 512 bytes a token beside 256 for its own x and y. Products at L = 64: 2·(2 p n + L p + L n) FLOPs a
 head and token, 120 GFLOP. A gradient keeps the state of every chunk: 537 MB in bf16. The backward pass moves 3.7 GB (the walk 0.8, the kernels
-of what was read and written 1.1 and 1.8) and multiplies 206 GFLOP.
+of what was read and written 1.1 and 1.8) and multiplies 240 GFLOP (34 of them only for the diagonal of S dSᵀ).
 
 Precision: products take operands in the inputs' dtype (fp32 exactly, without TF32) and sum in fp32; S is rounded for the product that reads it,
 never where it is carried. float64 is computed in fp32: the tensor cores' fp64 products are not worth a second set of tiles.
@@ -45,6 +45,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2E = tl.constexpr(1.4426950408889634)        # the kernels keep running sums in powers of two: exp2 is one instruction, exp is two
 
@@ -59,10 +60,13 @@ def _tiles(b: int, t: int, h: int, g: int, p: int, n: int, size: int) -> dict:
     wide, stages = triton.next_power_of_2(p) * triton.next_power_of_2(n) > 64 * 128 or (size == 4 and big), 2 if size < 4 else 1
     deep = 3 if size < 4 and not wide else 1                                                # the next head's tiles come while one is worked on
     return dict(chunk=chunk, walk=b * h >= 96,                                              # walk: one program a head, not three steps
-                scan=dict(AHEAD=2, LATE=0, TURN=False, num_warps=8 if wide else 4, num_stages=stages),
+                scan=dict(AHEAD=0, LATE=2, TURN=False, TMA=size < 4, num_warps=8 if wide else 4, num_stages=stages),
+                keeping=dict(AHEAD=0, LATE=2, TURN=False, TMA=size < 4, num_warps=8 if wide else 4, num_stages=stages),   # the same for a gradient
                 back=dict(AHEAD=True, LATE=False, num_warps=8, num_stages=deep),
                 add=dict(num_warps=8 if wide else 4, num_stages=1), outputs=dict(num_warps=8 if wide else 4, num_stages=1),
-                grads_read=dict(ROWS=False, TWO=True, num_warps=8, num_stages=deep), grads_write=dict(ENDS=2, TWO=True, num_warps=8, num_stages=deep), splits=splits)
+                grads_read=dict(ROWS=True, TWO=True, num_warps=8, num_stages=deep),
+                # fp32 products are dear: none for the sake of a trace
+                grads_write=dict(ENDS=2 if size < 4 else 0, TWO=True, num_warps=8, num_stages=deep), splits=splits)
 
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -230,21 +234,37 @@ def _write(y_ptr, y_t, states_ptr, y, S, inside, p: tl.constexpr, n: tl.constexp
 
 
 @triton.jit
+def _fetch(described, b, lo, head, L: tl.constexpr, W: tl.constexpr):
+    """[L, W] tile of a described [b, t, h, w]; 0 beyond its ends. The copy engine (TMA) works out the addresses: no thread holds any."""
+    return described.load([b.to(tl.int32), lo, head.to(tl.int32), 0]).reshape(L, W)
+
+
+@triton.jit
+def _send(described, b, at, head, tile, ROWS: tl.constexpr, P: tl.constexpr, W: tl.constexpr):
+    """The other way, a block [1, ROWS, P, W]; what lies beyond the ends is not written."""
+    described.store([b.to(tl.int32), at.to(tl.int32), head.to(tl.int32), 0], _cast(tile, described.dtype).reshape(1, ROWS, P, W))
+
+
+@triton.jit
 def _scan(x_ptr, B_ptr, C_ptr, D_ptr, steps_ptr, keep_ptr, seen_ptr, first_ptr, y_ptr, states_ptr, last_ptr, x_b, x_t, x_h,
           B_b, B_t, B_g, C_b, C_t, C_g, t, chunks, h, j, p: tl.constexpr, n: tl.constexpr, P: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
-          DOCS: tl.constexpr, KEEP: tl.constexpr, AHEAD: tl.constexpr, LATE: tl.constexpr, TURN: tl.constexpr):
+          DOCS: tl.constexpr, KEEP: tl.constexpr, AHEAD: tl.constexpr, LATE: tl.constexpr, TURN: tl.constexpr, TMA: tl.constexpr):
     """One program walks with one head from the first chunk to the last.
 
     AHEAD: what is loaded by hand one chunk before its use, and carried in registers: 1 the vectors, 2 x too.
     LATE: what is done while the next chunk's B and C are on their way: 1 the writes, 2 the product for the state too.
+    TMA: x, B, C, y and states come as descriptors. By pointers, the addresses of a thread's pieces of the five tiles fill so many registers that
+    others are spilled, and a spilled register comes back behind all loads and stores in flight. A state is sent when a chunk ends, not when the
+    next one starts: there its rounded copy would be held beside everything else.
     """
     bh, i = tl.program_id(0).to(tl.int64), tl.arange(0, L)
     b, head, long = bh // h, bh % h, chunks * L
-    x_ptr += b * x_b + head * x_h
-    y_ptr += (b * t * h + head) * p
-    B_ptr += b * B_b + head // j * B_g
-    C_ptr += b * C_b + head // j * C_g
-    states_ptr += (b * chunks * h + head) * p * n
+    if not TMA:
+        x_ptr += b * x_b + head * x_h
+        y_ptr += (b * t * h + head) * p
+        B_ptr += b * B_b + head // j * B_g
+        C_ptr += b * C_b + head // j * C_g
+        states_ptr += (b * chunks * h + head) * p * n
     steps_ptr += bh * 4 * long + i
     keep_ptr += bh * chunks
     seen_ptr += b * long
@@ -254,7 +274,8 @@ def _scan(x_ptr, B_ptr, C_ptr, D_ptr, steps_ptr, keep_ptr, seen_ptr, first_ptr, 
     if AHEAD >= 1:
         into, dt, out, keep = _ends(steps_ptr, keep_ptr, long)
         weight = dt * out
-    if AHEAD >= 2: x_next = _tile(x_ptr, x_t, i < t, p, P, L)
+    if AHEAD >= 2 and not TMA: x_next = _tile(x_ptr, x_t, i < t, p, P, L)
+    if KEEP and TMA: _send(states_ptr, b, head, head * 0, tl.trans(S) if TURN else S, 1, P, N)
     for c in range(chunks):
         inside, real, seen = _tokens(seen_ptr, c * L, t, L, DOCS)
         # the last chunk's next one is itself: harmless, and nothing lies beyond the end
@@ -263,26 +284,33 @@ def _scan(x_ptr, B_ptr, C_ptr, D_ptr, steps_ptr, keep_ptr, seen_ptr, first_ptr, 
         else:
             into, dt, out, keep = _ends(steps_ptr, keep_ptr, long)
             weight = dt * out
-        if AHEAD >= 2:
+        if TMA:
+            x = _fetch(x_ptr, b, c * L, head, L, P)
+            if DOCS: x = tl.where(real[:, None], x, 0.0).to(x.dtype)
+        elif AHEAD >= 2:
             x = tl.where(real[:, None], x_next, 0.0).to(x_next.dtype) if DOCS else x_next
             x_next = _tile(x_ptr + tl.cast(hop, tl.int64) * L * x_t, x_t, i + (hop + c) * L < t, p, P, L)
         else: x = _tile(x_ptr, x_t, real, p, P, L)
-        B, C = _tile(B_ptr, B_t, inside, n, N, L), _tile(C_ptr, C_t, inside, n, N, L)
+        if TMA: B, C = _fetch(B_ptr, b, c * L, head // j, L, N), _fetch(C_ptr, b, c * L, head // j, L, N)
+        else: B, C = _tile(B_ptr, B_t, inside, n, N, L), _tile(C_ptr, C_t, inside, n, N, L)
         y = _outputs_of(x, C, _dot(C, tl.trans(B), None), S if TURN else tl.trans(S), D, tl.load(steps_ptr), tl.load(steps_ptr + long), into, seen,
                         L, DOCS)
         # NOTE: the conditions always hold. Triton's pipeline asks for the next chunk's B and C after a loop's straight code and before its branches:
         # work in a branch fills the time until they arrive.
         if LATE < 2: after = _grow(S, x, weight, keep, B, TURN)
-        if LATE == 0: _write(y_ptr, h * p, states_ptr, y, S, inside, p, n, P, N, L, KEEP, TURN)
+        if TMA: _send(y_ptr, b, tl.cast(c * L, tl.int32), head, y, L, 1, P)
+        elif LATE == 0: _write(y_ptr, h * p, states_ptr, y, S, inside, p, n, P, N, L, KEEP, TURN)
         elif c < chunks: _write(y_ptr, h * p, states_ptr, y, S, inside, p, n, P, N, L, KEEP, TURN)
         if LATE < 2: S = after
         elif c < chunks: S = _grow(S, x, weight, keep, B, TURN)
+        if KEEP and TMA: _send(states_ptr, b, (c + 1) * h + head, head * 0, tl.trans(S) if TURN else S, 1, P, N)    # the last one lies outside
         if AHEAD >= 1: into, weight, keep = into_next, dt * out, keep_next        # multiplied here: earlier, it would wait for the loads
-        x_ptr += L * x_t
-        y_ptr += L * h * p
-        B_ptr += L * B_t
-        C_ptr += L * C_t
-        states_ptr += h * p * n
+        if not TMA:
+            x_ptr += L * x_t
+            y_ptr += L * h * p
+            B_ptr += L * B_t
+            C_ptr += L * C_t
+            states_ptr += h * p * n
         steps_ptr += L
         keep_ptr += 1
     _put(last_ptr + bh * p * n, n, row, tl.trans(S) if TURN else S, n, N, P)
@@ -377,6 +405,7 @@ def _scan_backward(dy_ptr, C_ptr, steps_ptr, keep_ptr, seen_ptr, dlast_ptr, dsta
 
 @triton.jit
 def _plus(a, b, c, d):
+    """Two sums at once: warps that sum one tile must wait for each other, and wait once for both."""
     return a + c, b + d
 
 
@@ -497,7 +526,8 @@ def _grads_write(x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, steps_ptr, keep_ptr, seen_p
                  P: tl.constexpr, N: tl.constexpr, L: tl.constexpr, DOCS: tl.constexpr, SPLITS: tl.constexpr, ENDS: tl.constexpr, TWO: tl.constexpr):
     """As _grads_read, what its tokens wrote: dx, dB, <du, x> through the state, and <dS, S> of the chunk's end (a sum for every row of S).
 
-    ENDS: how <dS, S> is made: 0 S is loaded when needed, 1 S is loaded a head ahead, into registers, 2 on the diagonal of a product.
+    ENDS: how <dS, S> is made: 0 S is loaded when needed, 1 S is loaded a head ahead, into registers, 2 on the diagonal of the product S dSᵀ.
+    NOTE: Triton's pipeline loads ahead what a product reads, and nothing else: with 0 every head waits for S as long as memory takes.
     """
     c, b, chunks = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64), tl.num_programs(0)
     group, split, long, i = tl.program_id(1) // SPLITS, tl.program_id(1) % SPLITS, chunks * L, tl.arange(0, L)
@@ -583,6 +613,12 @@ def _sizes(p: int, n: int, chunk: int, doc) -> dict:
     return dict(p=p, n=n, P=max(16, triton.next_power_of_2(p)), N=max(16, triton.next_power_of_2(n)), L=chunk, DOCS=doc is not None)
 
 
+def _describable(*tensors, P: int, N: int) -> bool:
+    """The copy engine takes addresses and distances in multiples of 16 bytes, and blocks of at most 256 elements a side."""
+    return max(P, N) <= 256 and all(z.numel() and z.data_ptr() % 16 == 0 and all(k * z.element_size() % 16 == 0 for k in z.stride()[:-1])
+                                    for z in tensors)
+
+
 def _documents(doc_bt, long: int):
     """(segment, seen), int32 [b, long]: segments with padding given its neighbour's, and with padding, and what lies beyond the end, at -1."""
     segment_bt = importlib.import_module("02_mamba").segments(doc_bt).int()
@@ -603,8 +639,16 @@ def _forward(x, dt, A, B, C, D, S, doc_bt, tiles: dict, for_backward: bool):
     states = torch.empty(b, chunks, h, p, n, device=x.device, dtype=x.dtype) if for_backward or not walk else y
     strides = *x.stride()[:3], *B.stride()[:3]
     if walk:
-        _scan[(b * h,)](x, B, C, D, steps, keep, seen, S, y, states, last, *strides, *C.stride()[:3], t, _count(chunks), h, h // g,
-                        KEEP=for_backward, **sizes, **tiles["scan"])
+        plan, L, P, N, of = tiles["keeping" if for_backward else "scan"], chunk, sizes["P"], sizes["N"], (x, B, C, y, states)
+        if plan["TMA"] and _describable(x, B, C, y, states, P=P, N=N):
+            heads = (x, P), (B, N), (C, N), (y, P)
+            of = [TensorDescriptor(z, list(z.shape), list(z.stride()), [1, L, 1, w]) for z, w in heads] + [states]
+            if for_backward:
+                by_row = states.flatten(1, 2)
+                of[4] = TensorDescriptor(by_row, list(by_row.shape), list(by_row.stride()), [1, 1, P, N])
+        else: plan = {**plan, "TMA": False}
+        _scan[(b * h,)](*of[:3], D, steps, keep, seen, S, *of[3:], last, *strides, *C.stride()[:3], t, _count(chunks), h, h // g,
+                        KEEP=for_backward, **sizes, **plan)
     else:
         added = torch.empty(b, chunks, h, p, n, device=x.device)
         _additions[(h, chunks, b)](x, B, steps, seen, added, *strides, t, h, h // g, BACK=False, **sizes, **tiles["add"])
@@ -631,11 +675,12 @@ def _backward(dy, dlast, x, dt, A, B, C, D, doc_bt, steps, keep, seen, states, t
     pair, grid = torch.empty(b, chunks, g, splits, 2, chunk, chunk, device=x.device), (chunks, g * splits, b)        # C Bᵀ and its gradient
     common = *x.stride()[:3], *dy.stride()[:3], *B.stride()[:3], *C.stride()[:3], t, h, _count(h // g), g
     read = {**tiles["grads_read"]}
-    (_grads_read_rows if read.pop("ROWS") else _grads_read)[grid](x, dy, B, C, steps, seen, states, pair, dC, dsteps, *common, SPLITS=splits, **sizes, **read)
+    (_grads_read_rows if read.pop("ROWS") else _grads_read)[grid](x, dy, B, C, steps, seen, states, pair, dC, dsteps, *common, SPLITS=splits,
+                                                                  **sizes, **read)
     _grads_write[grid](x, dy, B, C, D, steps, keep, seen, states, dstates, pair, dx, dB, dsteps, ends, *common, SPLITS=splits, **sizes,
                        **tiles["grads_write"])
     _steps_backward[(chunks, b, triton.cdiv(h, 16))](dsteps, ends, dt, A, seen, ddt, dA, dD, *dt.stride(), t, h, L=chunk, H=16, P=sizes["P"],
-                                                     DOCS=doc_bt is not None, num_warps=2)
+                                                     DOCS=doc_bt is not None, num_warps=2, enable_fp_fusion=False)
     dB, dC = (z[0] if splits == 1 else z.sum(0).to(x.dtype) for z in (dB, dC))
     return dx, ddt, dA.sum((0, 1)), dB, dC, dD.sum((0, 1)), dfirst
 

@@ -176,8 +176,8 @@ def test_a_cut_contraction_adds_up_and_repeats(split, monkeypatch):
 
 @pytest.mark.parametrize("r, k, format, split", [(1, 272, "nvfp4", 1), (7, 96, "mxfp4", 1), (3, 528, "nvfp4", 2), (11, 32, "nvfp4", 1)])
 def test_warps_that_cut_the_columns_of_a_step_add_up(r, k, format, split, monkeypatch):
-    """Four warps, four quarters of each step; the last step is short, in (1, 272) for three of them: catches a quarter that is counted twice or never,
-    and quarters of x that meet another warp's weights."""
+    """Four warps, four quarters of each step; the last step is short, in (1, 272) for three of them: catches a quarter that is
+    counted twice or never, and quarters of x that meet another warp's weights."""
     for cut in (2, 4):
         tiles(monkeypatch, BN=16, BM=16, BK=64 * cut, cut=cut, split=split, ordered=False)
         x, w = torch.randint(-8, 9, (r, k), generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE), integers(56, k, format=format)
