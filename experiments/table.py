@@ -161,7 +161,7 @@ def table_slice(rows: list[dict]) -> str:
 
 def gpu_tests(rows: list[dict]) -> str:
     row = newest(rows, "command", command="python -m pytest tests -m gpu")
-    if row is None: return "# not run yet"
+    if row is None: return "# no complete run is recorded yet"
     return f"# {row['passed']} tests in {row['seconds']:.0f} s on one {row['device']}, torch {row['torch']}, Triton {row['triton']}, {row['date']}"
 
 

@@ -26,6 +26,8 @@ reach reads zero. The first document's reach extends over the window, so no furt
 Bytes at Ultra's shape, 8192 tokens x 18432 channels in bf16: forward reads x and writes y, 604 MB; backward reads x and dy and writes dx, 906 MB,
 plus 5 % for partial sums. At 4.28 TB/s that is 0.141 and 0.212 ms. FLOPs: 8 a channel and token for the taps, about 8 for SiLU: 2.4 GFLOP.
 float64 inputs are computed in float64, all others in float32.
+Measured on an H200: forward 0.170 ms, of a slice of the projection 0.172 (a copy of the same bytes 0.146); with documents 0.37, of which the tape is
+0.07; forward and backward 0.51, bound by about 45 instructions an element. Tried: 8 channels a thread, 0.184 forward.
 
 Sources: 02_mamba.py section 5; Dao's causal-conv1d for the idea to fuse bias, SiLU and window (no code).
 """

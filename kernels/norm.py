@@ -20,6 +20,7 @@ A width that is no power of two is masked; the zeros in the rest change no sum.
 
 Bytes at Ultra's shape, bf16. rmsnorm, 8192 tokens x 8192: forward 268 MB (read x, write out), 0.063 ms at 4.28 TB/s; backward 403 MB (read x and
 d_out, write dx), 0.094 ms. gated_rmsnorm, 8192 x 16384: forward 805 MB, 0.188 ms; backward 1342 MB (read y, z, d_out, write dy, dz), 0.314 ms.
+Measured on an H200: rmsnorm 0.071 and with backward 0.182, gated 0.191 and 0.547. Tried: short programs of 16 tiles in the backward pass, 0.203.
 FLOPs: 4 to 15 an element, far below what the bytes leave time for. float64 inputs are computed in float64, all others in float32.
 
 Sources: 02_mamba.py section 6; the layer norm of Triton's tutorials for partial sums of dweight (no code).
