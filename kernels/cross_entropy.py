@@ -26,8 +26,8 @@ Precision.  Logits have the dtype of the product (bf16 for bf16 operands, autoca
 double the traffic above. Maximum, sum and loss are fp32; float64 stays float64. dweight is summed over the chunks in fp32: a bf16 sum loses what
 later chunks add. It costs 8 bytes a weight and chunk, therefore chunks are large: at most 1 GiB of logits, 4,096 rows of Ultra.
 
-Measured on an H200, forward and backward: 85.5 ms at d 8192 (plain cross_entropy 89.2), 11.7 at d 1024 (22.1). Tried: 16 warps a row, 10 % slower in the
-row kernel; chunks of 1,024 rows, 94.6 ms at d 8192.
+Measured on an H200, forward and backward: 85.5 ms at d 8192 (plain cross_entropy 89.2), 11.7 at d 1024 (22.1). Tried: 16 warps a row, 10 % slower in
+the row kernel; chunks of 1,024 rows, 94.6 ms at d 8192.
 
 Sources:  04_model.py, section 6 · Milakov & Gimelshein 2018, "Online normalizer calculation for softmax" (pass 1)
 """

@@ -26,7 +26,8 @@ The tiling of a grouped product, here with 2, 0 and 1 row tiles in experts 0, 1 
 A tile of dW is two or three steps of products, too few to hide a load, so the loop runs over tiles instead. A program keeps a panel, all of an
 expert's tokens times 128 of their columns, in shared memory, and moves along the hidden layer; the next tile's rows arrive while this one is
 multiplied and the last one is stored. Those rows come through a descriptor that the program makes for its expert: it ends with the expert's rows,
-so the hardware puts zeros where a neighbour's rows would be, and no thread spends instructions on addresses:
+so the hardware puts zeros where a neighbour's rows would be, and no thread spends instructions on addresses. In fp32, for experts with more than 256
+rows, and for rows of no whole 16 bytes, which no descriptor can load, a loop over the expert's rows computes each tile:
 
                   hidden f  →  tile 0   tile 1   tile 2  ...  one product each, no loop over rows
     panel: 176 tokens        ┌────────┬────────┬────────┐
@@ -44,6 +45,10 @@ What must move for 4096 tokens at Ultra's sizes (22 of 512 experts, l 2048, f 51
     Through the L2, in tiles of 192 × 256: weights 10.7 GB, rows n / 256 times 0.37 (up, da) or 0.92 GB; and dW, in tiles of 128 × 128: 15 GB
     of hidden rows and 10.7 GB written. 176 rows an expert are computed as 192, 8 % for nothing.
 For 64 tokens (1,408 rows on about 480 experts) only the weights count: 20 GB, each matrix streamed once past a handful of rows.
+Measured on an H200, 4096 tokens: up 3.59 ms (torch._grouped_mm 4.35; both slower under a power limit, 3.94 and 4.53), down 3.42, da 4.22, dx 3.41,
+dW 5.5 and 6.0; forward 7.7, with backward 27.7. 64 tokens: forward 4.52 (the weights of all experts take 4.7 at 4.28 TB/s, but some are idle).
+Tried: row tiles of at most 128, up 4.30, as weights pass the L2 twice (37 GB through it, 95 % of its throughput); dW with a loop over 3 blocks of
+rows a tile, 6.7 and 6.0; the panel with pointers in place of descriptors, 6.1 and 6.2.
 
 Left to the stage: training in NVFP4 (`recipe`; its products have kernels of their own) and float64, in which tests compare algorithms.
 Sources: 03_latentmoe.py; Triton's tutorial on grouped products (one launch for many problems of unequal size); [LatentMoE] 2601.18089.
@@ -67,19 +72,17 @@ def _tiles(kind: str, rows: float, n: int, k: int, itemsize: int) -> dict:
     """Block sizes and launch parameters of a product ("up", "down", "da", "dx", "wgrad") or a row kernel ("sum", "gather").
     rows: mean rows an expert; n, k: output columns and contraction; for "wgrad" the columns of tokens and hidden layer.
 
-    half: the last row tile of an expert may be half as high. extra: rows of a second part, 0, BLOCK_M / 2 or BLOCK_M. tma: weights, or the gradient
-    of the weights, move by tensor descriptor. rows_tma: the rows too, for which a gather is first written out. panel: the most blocks of BLOCK_K rows
-    that a program of "wgrad" keeps (0 to 4); experts with more rows take a loop over them. hidden_tma: the rows that meet the panel come by
-    descriptor; each program makes its own.
+    half: a row tile has BLOCK_M / 2, BLOCK_M or, in two parts, 3/2 BLOCK_M rows. rows_tma: rows, like weights, come by descriptor, for which a gather
+    is first written out. panel: a program of "wgrad" keeps up to 4 blocks of BLOCK_K rows; experts with more take a loop over rows.
     """
     small = lambda block, width: min(block, max(16, triton.next_power_of_2(width)))
     if kind in ("sum", "gather"): return dict(BLOCK=small(1024, n), num_warps=2)
     if kind == "wgrad":
-        if itemsize == 4: block = (64, 64, 32, 0, 4, 2)
-        elif rows <= 224: block = (128, 128, 64, 4, 8, 3)
-        else: block = (128, 256, 64, 0, 8, 3)                # most experts have more rows than a panel holds
-        return dict(BLOCK_L=small(block[0], n), BLOCK_F=small(block[1], k), BLOCK_K=block[2], panel=block[3], num_warps=block[4], num_stages=block[5],
-                    tma=True, hidden_tma=block[3] > 0)
+        if itemsize == 4: block = (64, 64, 32, 4, 2)
+        elif rows <= 224: block = (128, 128, 64, 8, 3)
+        else: block = (128, 256, 64, 8, 3)                   # most experts have more rows than a panel holds
+        return dict(BLOCK_L=small(block[0], n), BLOCK_F=small(block[1], k), BLOCK_K=block[2], num_warps=block[3], num_stages=block[4],
+                    panel=itemsize < 4 and rows <= 224)
     if itemsize == 4: block = (32, 64, 32, 4, 2)             # fp32 multiplies without tensor cores
     elif rows <= 12: block = (16, 128, 128, 4, 3)            # decode: nothing but streaming weights
     elif rows <= 64: block = (64, 128, 64, 4, 4)
@@ -87,7 +90,7 @@ def _tiles(kind: str, rows: float, n: int, k: int, itemsize: int) -> dict:
     else: block = (128, 256, 64, 8, 3 if kind == "up" else 4)
     many = block[0] == 128
     return dict(BLOCK_M=block[0], BLOCK_N=small(block[1], n), BLOCK_K=small(block[2], k), num_warps=block[3], num_stages=block[4],
-                half=many, extra=64 if many else 0, tma=True, rows_tma=many)
+                half=many, rows_tma=many)
 
 
 class _Routing:
@@ -194,9 +197,7 @@ def _row_tile(a, a_half, w, out, a_qn, dp_bq, weights_q, order_q, token_q, exper
     # a descriptor loads blocks of one height, so there are two of them
     if FIRST == BLOCK_M: top = a
     else: top = a_half
-    if SECOND == BLOCK_M: bottom = a
-    else: bottom = a_half
-    top_m1, bottom_m1 = top, bottom
+    top_m1, bottom_m1 = top, a_half
     if not ROWS_TMA:
         top_m1 = _row_starts(a, token_q, row, end, stride_a, GATHER, FIRST)
         if SECOND: bottom_m1 = _row_starts(a, token_q, row + FIRST, end, stride_a, GATHER, SECOND)
@@ -217,7 +218,7 @@ def _row_tile(a, a_half, w, out, a_qn, dp_bq, weights_q, order_q, token_q, exper
             w_kn = w_nk.T
         acc_mn = _dot(a_mk, w_kn, acc_mn)
         if SECOND:
-            more_mn = _dot(_load_rows(bottom, bottom_m1, row + FIRST, start, K, ROWS_TMA, EVEN, BLOCK_K), w_kn, more_mn)
+            more_mn = _dot(_load_rows(a_half, bottom_m1, row + FIRST, start, K, ROWS_TMA, EVEN, BLOCK_K), w_kn, more_mn)
 
     # the smaller part first: it frees its registers for what the larger one needs beside its sums
     if SECOND: _finish(more_mn, out, a_qn, dp_bq, weights_q, order_q, row + FIRST, end, block, N, rows, EPILOGUE, SECOND, BLOCK_N)
@@ -227,7 +228,7 @@ def _row_tile(a, a_half, w, out, a_qn, dp_bq, weights_q, order_q, token_q, exper
 @triton.jit(do_not_specialize=["rows"])
 def _rows_kernel(a, a_half, w, out, a_qn, dp_bq, weights_q, order_q, token_q, plan_t5, N, rows, stride_a, K: tl.constexpr, GATHER: tl.constexpr,
                  ACROSS: tl.constexpr, TMA: tl.constexpr, ROWS_TMA: tl.constexpr, EVEN: tl.constexpr, EPILOGUE: tl.constexpr, HALF: tl.constexpr,
-                 BLOCK_M: tl.constexpr, EXTRA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """out[q, n] = row q of a (or of the token it belongs to) times the weights of q's expert."""
     blocks = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
@@ -236,20 +237,18 @@ def _rows_kernel(a, a_half, w, out, a_qn, dp_bq, weights_q, order_q, token_q, pl
     expert, start, end, first_tile, tiles = tl.load(plan), tl.load(plan + 1), tl.load(plan + 2), tl.load(plan + 3), tl.load(plan + 4)
     local = pid - first_tile * blocks
     if local >= tiles * blocks: return       # the bound on tiles is rarely met
-    row, block = start + (local % tiles) * (BLOCK_M + EXTRA), local // tiles
+    HEIGHT: tl.constexpr = BLOCK_M + BLOCK_M // 2 if HALF else BLOCK_M
+    row, block = start + (local % tiles) * HEIGHT, local // tiles
 
     if HALF and end - row <= BLOCK_M // 2:
         _row_tile(a, a_half, w, out, a_qn, dp_bq, weights_q, order_q, token_q, expert, row, end, block, N, rows, stride_a, K, GATHER, ACROSS, TMA,
                   ROWS_TMA, EVEN, EPILOGUE, BLOCK_M, BLOCK_M // 2, 0, BLOCK_N, BLOCK_K)
-    elif EXTRA == 0 or end - row <= BLOCK_M:
+    elif not HALF or end - row <= BLOCK_M:
         _row_tile(a, a_half, w, out, a_qn, dp_bq, weights_q, order_q, token_q, expert, row, end, block, N, rows, stride_a, K, GATHER, ACROSS, TMA,
                   ROWS_TMA, EVEN, EPILOGUE, BLOCK_M, BLOCK_M, 0, BLOCK_N, BLOCK_K)
-    elif EXTRA <= BLOCK_M // 2 or end - row <= BLOCK_M + BLOCK_M // 2:
-        _row_tile(a, a_half, w, out, a_qn, dp_bq, weights_q, order_q, token_q, expert, row, end, block, N, rows, stride_a, K, GATHER, ACROSS, TMA,
-                  ROWS_TMA, EVEN, EPILOGUE, BLOCK_M, BLOCK_M, BLOCK_M // 2, BLOCK_N, BLOCK_K)
     else:
         _row_tile(a, a_half, w, out, a_qn, dp_bq, weights_q, order_q, token_q, expert, row, end, block, N, rows, stride_a, K, GATHER, ACROSS, TMA,
-                  ROWS_TMA, EVEN, EPILOGUE, BLOCK_M, BLOCK_M, BLOCK_M, BLOCK_N, BLOCK_K)
+                  ROWS_TMA, EVEN, EPILOGUE, BLOCK_M, BLOCK_M, BLOCK_M // 2, BLOCK_N, BLOCK_K)
 
 
 @triton.jit
@@ -305,67 +304,46 @@ def _store_tile(acc, out, expert, l, f, L, F, TOKENS_FIRST: tl.constexpr, TMA: t
 
 
 @triton.jit
-def _hidden_rows(hidden_qf, row, end, F: tl.constexpr, HIDDEN_TMA: tl.constexpr, DEPTH: tl.constexpr, BLOCK_F: tl.constexpr):
-    """The hidden layer's DEPTH rows from `row` on, to load blocks of. PITFALL: past the expert's end lies a neighbour's row, which meets zeros of the
-    panel but could hold an infinity, and 0 · inf is NaN."""
-    # a descriptor made here ends where the expert ends, and the hardware fills in zeros; pointers repeat the expert's last row
-    if HIDDEN_TMA: hidden = tl.make_tensor_descriptor(hidden_qf, [end, F], [F, 1], [DEPTH, BLOCK_F])
-    else: hidden = hidden_qf + tl.minimum(row + tl.arange(0, DEPTH), end - 1)[:, None].to(tl.int64) * F
-    return hidden
-
-
-@triton.jit
-def _hidden_block(hidden, row, f, F: tl.constexpr, HIDDEN_TMA: tl.constexpr, EVEN: tl.constexpr, BLOCK_F: tl.constexpr):
-    """[DEPTH, BLOCK_F]: columns f and on of what _hidden_rows returned."""
-    at_f = f + tl.arange(0, BLOCK_F)
-    if HIDDEN_TMA: hidden_kf = hidden.load([row, f])
-    elif EVEN: hidden_kf = tl.load(hidden + at_f[None, :])
-    else: hidden_kf = tl.load(hidden + at_f[None, :], mask=at_f[None, :] < F, other=0.0)
-    return hidden_kf
-
-
-@triton.jit
 def _weight_panel(tokens_rl, hidden_qf, token_q, order_q, weights_q, out, expert, l, start, end, stride_tokens, L: tl.constexpr,
-                  F: tl.constexpr, WEIGHTED: tl.constexpr, TOKENS_FIRST: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
-                  HIDDEN_TMA: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                  FIRST: tl.constexpr, SECOND: tl.constexpr, STAGES: tl.constexpr):
+                  F: tl.constexpr, WEIGHTED: tl.constexpr, TOKENS_FIRST: tl.constexpr, TMA: tl.constexpr, BLOCK_L: tl.constexpr,
+                  BLOCK_F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
+                  STAGES: tl.constexpr):
     """BLOCK_L tokens' columns against all of the hidden layer's, for an expert with at most FIRST + SECOND rows, and at least one."""
     at_l = l + tl.arange(0, BLOCK_L)
     tokens_kl = _token_block(tokens_rl, token_q, order_q, weights_q, at_l, start, end, L, stride_tokens, WEIGHTED, FIRST)
-    hidden = _hidden_rows(hidden_qf, start, end, F, HIDDEN_TMA, FIRST, BLOCK_F)
+    # PITFALL: the descriptor must end where the expert ends. A neighbour's row would meet zeros of the panel, but 0 · inf is NaN
+    hidden = tl.make_tensor_descriptor(hidden_qf, [end, F], [F, 1], [FIRST, BLOCK_F])
     if SECOND:
         more_tokens_kl = _token_block(tokens_rl, token_q, order_q, weights_q, at_l, start + FIRST, end, L, stride_tokens, WEIGHTED, SECOND)
-        more_hidden = _hidden_rows(hidden_qf, start + FIRST, end, F, HIDDEN_TMA, SECOND, BLOCK_F)
+        more_hidden = tl.make_tensor_descriptor(hidden_qf, [end, F], [F, 1], [SECOND, BLOCK_F])
     for f in tl.range(0, F, BLOCK_F, num_stages=STAGES):
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        acc = _product(tokens_kl, _hidden_block(hidden, start, f, F, HIDDEN_TMA, EVEN, BLOCK_F), acc, TOKENS_FIRST)
-        if SECOND:
-            acc = _product(more_tokens_kl, _hidden_block(more_hidden, start + FIRST, f, F, HIDDEN_TMA, EVEN, BLOCK_F), acc, TOKENS_FIRST)
+        acc = _product(tokens_kl, hidden.load([start, f]), acc, TOKENS_FIRST)
+        if SECOND: acc = _product(more_tokens_kl, more_hidden.load([start + FIRST, f]), acc, TOKENS_FIRST)
         _store_tile(acc, out, expert, l, f, L, F, TOKENS_FIRST, TMA, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
 def _weight_kernel(tokens_rl, hidden_qf, token_q, order_q, weights_q, offsets_e, out, stride_tokens, L: tl.constexpr, F: tl.constexpr,
-                   WEIGHTED: tl.constexpr, TOKENS_FIRST: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PANEL: tl.constexpr,
-                   HIDDEN_TMA: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                   BLOCK_K: tl.constexpr, STAGES: tl.constexpr):
+                   WEIGHTED: tl.constexpr, TOKENS_FIRST: tl.constexpr, TMA: tl.constexpr, PANEL: tl.constexpr, BLOCK_L: tl.constexpr,
+                   BLOCK_F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr):
     """out[e, l, f] (TOKENS_FIRST) or out[e, f, l] = sum over the rows q of expert e of tokens[q's token, l] · hidden[q, f]."""
     blocks, pid = tl.cdiv(L, BLOCK_L), tl.program_id(0)
     expert, l = pid // blocks, pid % blocks * BLOCK_L
     start, end = tl.load(offsets_e + expert - 1, mask=expert > 0, other=0), tl.load(offsets_e + expert)
     count = end - start
-    if PANEL >= 1 and (count > 0) & (count <= BLOCK_K):
+    if PANEL and (count > 0) & (count <= BLOCK_K):
         _weight_panel(tokens_rl, hidden_qf, token_q, order_q, weights_q, out, expert, l, start, end, stride_tokens, L, F, WEIGHTED, TOKENS_FIRST,
-                      TMA, EVEN, HIDDEN_TMA, BLOCK_L, BLOCK_F, BLOCK_M, BLOCK_N, BLOCK_K, 0, STAGES)
-    elif PANEL >= 2 and (count > 0) & (count <= 2 * BLOCK_K):
+                      TMA, BLOCK_L, BLOCK_F, BLOCK_M, BLOCK_N, BLOCK_K, 0, STAGES)
+    elif PANEL and (count > 0) & (count <= 2 * BLOCK_K):
         _weight_panel(tokens_rl, hidden_qf, token_q, order_q, weights_q, out, expert, l, start, end, stride_tokens, L, F, WEIGHTED, TOKENS_FIRST,
-                      TMA, EVEN, HIDDEN_TMA, BLOCK_L, BLOCK_F, BLOCK_M, BLOCK_N, 2 * BLOCK_K, 0, STAGES)
-    elif PANEL >= 3 and (count > 0) & (count <= 3 * BLOCK_K):
+                      TMA, BLOCK_L, BLOCK_F, BLOCK_M, BLOCK_N, 2 * BLOCK_K, 0, STAGES)
+    elif PANEL and (count > 0) & (count <= 3 * BLOCK_K):
         _weight_panel(tokens_rl, hidden_qf, token_q, order_q, weights_q, out, expert, l, start, end, stride_tokens, L, F, WEIGHTED, TOKENS_FIRST,
-                      TMA, EVEN, HIDDEN_TMA, BLOCK_L, BLOCK_F, BLOCK_M, BLOCK_N, 2 * BLOCK_K, BLOCK_K, STAGES)
-    elif PANEL >= 4 and (count > 0) & (count <= 4 * BLOCK_K):
+                      TMA, BLOCK_L, BLOCK_F, BLOCK_M, BLOCK_N, 2 * BLOCK_K, BLOCK_K, STAGES)
+    elif PANEL and (count > 0) & (count <= 4 * BLOCK_K):
         _weight_panel(tokens_rl, hidden_qf, token_q, order_q, weights_q, out, expert, l, start, end, stride_tokens, L, F, WEIGHTED, TOKENS_FIRST,
-                      TMA, EVEN, HIDDEN_TMA, BLOCK_L, BLOCK_F, BLOCK_M, BLOCK_N, 2 * BLOCK_K, 2 * BLOCK_K, STAGES - 1)
+                      TMA, BLOCK_L, BLOCK_F, BLOCK_M, BLOCK_N, 2 * BLOCK_K, 2 * BLOCK_K, STAGES - 1)
     else:      # no rows, or more than a panel holds: block by block, for every tile anew
         at_l = l + tl.arange(0, BLOCK_L)
         for f in range(0, F, BLOCK_F):
@@ -413,16 +391,15 @@ def _rows_product(kind: str, a: Tensor, w: Tensor, routing: _Routing, out_dtype:
     half = None if full is None else _descriptor(a, height // 2, depth)
     # PITFALL: across, a block that reaches past the contraction reads the next expert's weights, where the descriptor sees no edge. They meet zeros
     # of a, which do not help against an infinity: such shapes take masked loads
-    moved = _descriptor(w, depth if across else width, width if across else depth, t["tma"] and not (across and k % depth))
+    moved = _descriptor(w, depth if across else width, width if across else depth, not (across and k % depth))
 
-    plan_t5 = routing.plan(height + t["extra"])
+    plan_t5 = routing.plan(height + height // 2 if t["half"] else height)
     epilogue = {"up": _UP, "da": _DA}.get(kind, _PLAIN)
     _rows_kernel[(len(plan_t5) * blocks,)](
         a if full is None else full, a if full is None else half, w if moved is None else moved, out_qn, square_qn, dp_bq, weights_rk,
         routing.order_q, routing.token_q, plan_t5, n, routing.rows, a.stride(0), K=k, GATHER=gather, ACROSS=across, TMA=moved is not None,
-        ROWS_TMA=full is not None, EVEN=k % depth == 0, EPILOGUE=epilogue, HALF=t["half"], BLOCK_M=height, EXTRA=t["extra"], BLOCK_N=width,
-        BLOCK_K=depth,
-        num_warps=t["num_warps"], num_stages=t["num_stages"])
+        ROWS_TMA=full is not None, EVEN=k % depth == 0, EPILOGUE=epilogue, HALF=t["half"], BLOCK_M=height, BLOCK_N=width,
+        BLOCK_K=depth, num_warps=t["num_warps"], num_stages=t["num_stages"])
     return out_qn, None if dp_bq is None else dp_bq.sum(0)
 
 
@@ -449,15 +426,17 @@ def _weight_gradient(tokens_rl: Tensor, hidden_qf: Tensor, routing: _Routing, we
     t = _tiles("wgrad", routing.rows / experts, l, f, hidden_qf.element_size())
     height, width = (t["BLOCK_L"], t["BLOCK_F"]) if tokens_first else (t["BLOCK_F"], t["BLOCK_L"])
     out_emn = hidden_qf.new_empty(experts, m, n)
-    moved = _descriptor(out_emn, height, width, t["tma"] and _blocks_end_with_the_expert(m, height))
-    hidden_tma = t["hidden_tma"] and hidden_qf.data_ptr() % 16 == 0 and f * hidden_qf.element_size() % 16 == 0
-    if hidden_tma: triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=hidden_qf.device))
+    moved = _descriptor(out_emn, height, width, _blocks_end_with_the_expert(m, height))
+    # the panel's descriptors are made on the GPU: they need rows of whole 16 bytes, and memory to lie in
+    panel = t["panel"] and hidden_qf.data_ptr() % 16 == 0 and f * hidden_qf.element_size() % 16 == 0
+    # NOTE: this replaces an allocator that a program with kernels of its own has set
+    if panel: triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=hidden_qf.device))
     tokens_rl = tokens_rl if tokens_rl.stride(1) == 1 else tokens_rl.contiguous()
     _weight_kernel[(experts * triton.cdiv(l, t["BLOCK_L"]),)](
         tokens_rl, hidden_qf, routing.token_q, routing.order_q, weights_rk, routing.offsets_e, out_emn if moved is None else moved,
-        tokens_rl.stride(0), L=l, F=f, WEIGHTED=weights_rk is not None, TOKENS_FIRST=tokens_first, TMA=moved is not None, EVEN=f % t["BLOCK_F"] == 0,
-        HIDDEN_TMA=hidden_tma, PANEL=t["panel"], BLOCK_L=t["BLOCK_L"], BLOCK_F=t["BLOCK_F"], BLOCK_M=height, BLOCK_N=width, BLOCK_K=t["BLOCK_K"],
-        STAGES=t["num_stages"], num_warps=t["num_warps"], num_stages=t["num_stages"])
+        tokens_rl.stride(0), L=l, F=f, WEIGHTED=weights_rk is not None, TOKENS_FIRST=tokens_first, TMA=moved is not None, PANEL=panel,
+        BLOCK_L=t["BLOCK_L"], BLOCK_F=t["BLOCK_F"], BLOCK_M=height, BLOCK_N=width, BLOCK_K=t["BLOCK_K"], STAGES=t["num_stages"],
+        num_warps=t["num_warps"], num_stages=t["num_stages"])
     return out_emn
 
 

@@ -40,9 +40,10 @@ then copied to where the tensor core reads it ("ordered"), or reordered in the p
 
 At Ultra's shapes: one decoding row through 8192 -> 20480 reads 84 MB of codes and 10 MB of scales (0.022 ms at 4.28 TB/s) for 0.3 GFLOP; 8192³ is
 1.1 TFLOP (1.4 ms at 790 TFLOP/s) on 75 MB; 90,112 rows through 512 experts of 2048 -> 5120 are 1.9 TFLOP (2.4 ms) on 3 GB of weights.
-Measured on an H200: 1 row 0.040 ms, 16 rows 0.046 to 0.050, 64 rows 0.082 (cuBLAS with bf16 weights 0.097 for each); 1,408 rows on 512 experts 0.73 and
-0.72 ms for up and down; FP4 x FP4 8192³ 1.40 (cuBLAS bf16 1.31), grouped rows 5.7, grouped contraction 7.9. Tried for one row: x reordered by a launch
-of its own (0.042, 0.005 of it the launch), equal shares of the weights for every processor (0.044), the contraction cut in 2 or 4 (0.043 to 0.045).
+Measured on an H200: 1 row 0.040 ms, 16 rows 0.046 to 0.050, 64 rows 0.082 (cuBLAS with bf16 weights 0.097 for each); 1,408 rows on 512 experts 0.73
+and 0.72 ms for up and down; FP4 x FP4 8192³ 1.40 (cuBLAS bf16 1.31), grouped rows 5.7, grouped contraction 7.9. Tried for one row: x reordered by a
+launch of its own (0.042, 0.005 of it the launch), equal shares of the weights for every processor (0.044), the contraction cut in 2 or 4 (0.043 to
+0.045).
 On sm_100 `matmul` takes `tl.dot_scaled`, the native block-scaled product: compiled, not run here.
 
 float64: `out_dtype=float64` and float64 x take the stage's PyTorch body, as do global scales of a shape that no quantizer of the stage gives.

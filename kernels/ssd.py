@@ -11,8 +11,8 @@ The length of a chunk does not change the result, so `chunk` is checked and the 
         C  │ L×n │ L×n │ L×n │ ..                          S [p, n] in fp32 registers from the first chunk to the last
              └─S──>└─S──>└─S──> state
 
-        A program's chunks wait for each other, so its time is what it waits for. Nothing is asked for and used in the same chunk: x, and what the
-        last products need, are loaded one chunk ahead; Triton's pipeline copies B and C into shared memory while y is written.
+        A program's chunks wait for each other, so its time is what it waits for. Triton's pipeline has the copy engine (TMA) bring the next chunk's
+        x, B and C into shared memory while S takes in this chunk. fp32, and inputs that do not lie as the engine needs them, go by pointers.
 
     forward, few heads: not enough programs to fill a GPU, so time is cut too: 1. what every chunk adds to the state, all at once;
         2. the short walk over chunks that adds these up; 3. the outputs of every chunk, all at once.
@@ -21,7 +21,7 @@ The length of a chunk does not change the result, so `chunk` is checked and the 
         for one that does it all has more live tiles than registers:
             what tokens read     x, dy, S  -> dC [L, n], the gradient of C Bᵀ [L, L]        y_t = into_t S C_t + ..
             what tokens wrote    x, dy, dS -> dB [L, n], dx of every head                   du_s = out_s dS B_s + ..
-        The gradient of the running sums needs <dS, S> as well: the second kernel reads S for it.
+        The gradient of the running sums needs <dS, S> as well: the second kernel reads S for it, one head ahead.
 
 The steps (running sums of dt A, their exponentials, borders of documents, padding) are worked out once in a small kernel. A document's
 border makes entries of decay, into, out or keep 0; padding has dt = 0 and its x and dy are read as 0.
@@ -29,7 +29,12 @@ border makes entries of decay, into, out or keep 0; padding has dt = 0 and its x
 What must move at Ultra's layer (t 8192, h 256, p 64, g 8, n 128, bf16): x and y 2 × 268 MB, B and C 2 × 17 MB; but every head reads B and C from
 the L2 cache, 512 bytes a token beside 256 for its own x and y. Products at L = 64: 2·(2 p n + L p + L n) FLOPs a
 head and token, 120 GFLOP. A gradient keeps the state of every chunk: 537 MB in bf16. The backward pass moves 3.7 GB (the walk 0.8, the kernels
-of what was read and written 1.1 and 1.8) and multiplies 240 GFLOP (34 of them only for the diagonal of S dSᵀ).
+of what was read and written 1.1 and 1.8) and multiplies 206 GFLOP.
+
+Measured on an H200 (Triton 3.6, torch 2.11): forward 0.381 ms (mamba_ssm 1.115 in the same run), at Nano's layer 0.381; with a gradient, and backward,
+2.15. Tried forward: pointers in place of descriptors 0.470 (64-bit addresses fill the registers, and others spill); two heads a program, scores
+from a kernel of their own, chunks of 128: 0.67 and more. Tried with backward: one backward kernel in place of two, which spills, 2.97; <dS, S> on the
+diagonal of a product 2.18, S for it loaded when needed 2.27.
 
 Precision: products take operands in the inputs' dtype (fp32 exactly, without TF32) and sum in fp32; S is rounded for the product that reads it,
 never where it is carried. float64 is computed in fp32: the tensor cores' fp64 products are not worth a second set of tiles.
@@ -60,13 +65,9 @@ def _tiles(b: int, t: int, h: int, g: int, p: int, n: int, size: int) -> dict:
     wide, stages = triton.next_power_of_2(p) * triton.next_power_of_2(n) > 64 * 128 or (size == 4 and big), 2 if size < 4 else 1
     deep = 3 if size < 4 and not wide else 1                                                # the next head's tiles come while one is worked on
     return dict(chunk=chunk, walk=b * h >= 96,                                              # walk: one program a head, not three steps
-                scan=dict(AHEAD=0, LATE=2, TURN=False, TMA=size < 4, num_warps=8 if wide else 4, num_stages=stages),
-                keeping=dict(AHEAD=0, LATE=2, TURN=False, TMA=size < 4, num_warps=8 if wide else 4, num_stages=stages),   # the same for a gradient
-                back=dict(AHEAD=True, LATE=False, num_warps=8, num_stages=deep),
+                scan=dict(TMA=size < 4, num_warps=8 if wide else 4, num_stages=stages), back=dict(num_warps=8, num_stages=deep),
                 add=dict(num_warps=8 if wide else 4, num_stages=1), outputs=dict(num_warps=8 if wide else 4, num_stages=1),
-                grads_read=dict(ROWS=True, TWO=True, num_warps=8, num_stages=deep),
-                # fp32 products are dear: none for the sake of a trace
-                grads_write=dict(ENDS=2 if size < 4 else 0, TWO=True, num_warps=8, num_stages=deep), splits=splits)
+                grads_read=dict(num_warps=8, num_stages=deep), grads_write=dict(num_warps=8, num_stages=deep), splits=splits)
 
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -214,26 +215,6 @@ def _add(S, x, weight, B):
 # --- forward, many heads
 
 @triton.jit
-def _ends(steps_ptr, keep_ptr, long):
-    """What a chunk's last products wait for: into, dt, out and keep."""
-    return tl.load(steps_ptr + 2 * long), tl.load(steps_ptr + long), tl.load(steps_ptr + 3 * long), tl.load(keep_ptr)
-
-
-@triton.jit
-def _grow(S, x, weight, keep, B, TURN: tl.constexpr):
-    """The state after a chunk. TURN: of [n, p]; the tensor cores read Bᵀ straight from where B lies, (weight * x)ᵀ must be turned over first."""
-    return _dot(tl.trans(B), _cast(x * weight[:, None], B.dtype), S * keep) if TURN else _add(S * keep, x, weight, B)
-
-
-@triton.jit
-def _write(y_ptr, y_t, states_ptr, y, S, inside, p: tl.constexpr, n: tl.constexpr, P: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
-           KEEP: tl.constexpr, TURN: tl.constexpr):
-    """A chunk's outputs, and the state before it."""
-    _put(y_ptr, y_t, inside, y, p, P, L)
-    if KEEP: _put(states_ptr, n, _rows_of(p, P), tl.trans(S) if TURN else S, n, N, P)
-
-
-@triton.jit
 def _fetch(described, b, lo, head, L: tl.constexpr, W: tl.constexpr):
     """[L, W] tile of a described [b, t, h, w]; 0 beyond its ends. The copy engine (TMA) works out the addresses: no thread holds any."""
     return described.load([b.to(tl.int32), lo, head.to(tl.int32), 0]).reshape(L, W)
@@ -248,14 +229,12 @@ def _send(described, b, at, head, tile, ROWS: tl.constexpr, P: tl.constexpr, W: 
 @triton.jit
 def _scan(x_ptr, B_ptr, C_ptr, D_ptr, steps_ptr, keep_ptr, seen_ptr, first_ptr, y_ptr, states_ptr, last_ptr, x_b, x_t, x_h,
           B_b, B_t, B_g, C_b, C_t, C_g, t, chunks, h, j, p: tl.constexpr, n: tl.constexpr, P: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
-          DOCS: tl.constexpr, KEEP: tl.constexpr, AHEAD: tl.constexpr, LATE: tl.constexpr, TURN: tl.constexpr, TMA: tl.constexpr):
+          DOCS: tl.constexpr, KEEP: tl.constexpr, TMA: tl.constexpr):
     """One program walks with one head from the first chunk to the last.
 
-    AHEAD: what is loaded by hand one chunk before its use, and carried in registers: 1 the vectors, 2 x too.
-    LATE: what is done while the next chunk's B and C are on their way: 1 the writes, 2 the product for the state too.
     TMA: x, B, C, y and states come as descriptors. By pointers, the addresses of a thread's pieces of the five tiles fill so many registers that
-    others are spilled, and a spilled register comes back behind all loads and stores in flight. A state is sent when a chunk ends, not when the
-    next one starts: there its rounded copy would be held beside everything else.
+    others are spilled, and a spilled register comes back behind all loads and stores in flight. A described state is sent when a chunk ends, not
+    when the next one starts: there its rounded copy would be held beside everything else.
     """
     bh, i = tl.program_id(0).to(tl.int64), tl.arange(0, L)
     b, head, long = bh // h, bh % h, chunks * L
@@ -270,41 +249,25 @@ def _scan(x_ptr, B_ptr, C_ptr, D_ptr, steps_ptr, keep_ptr, seen_ptr, first_ptr, 
     seen_ptr += b * long
     row = _rows_of(p, P)
     S, D = _tile(first_ptr + bh * p * n, n, row, n, N, P), tl.load(D_ptr + head)
-    if TURN: S = tl.trans(S)
-    if AHEAD >= 1:
-        into, dt, out, keep = _ends(steps_ptr, keep_ptr, long)
-        weight = dt * out
-    if AHEAD >= 2 and not TMA: x_next = _tile(x_ptr, x_t, i < t, p, P, L)
-    if KEEP and TMA: _send(states_ptr, b, head, head * 0, tl.trans(S) if TURN else S, 1, P, N)
+    if KEEP and TMA: _send(states_ptr, b, head, head * 0, S, 1, P, N)
     for c in range(chunks):
         inside, real, seen = _tokens(seen_ptr, c * L, t, L, DOCS)
-        # the last chunk's next one is itself: harmless, and nothing lies beyond the end
-        hop = tl.minimum(chunks - 1 - c, 1)
-        if AHEAD >= 1: into_next, dt, out, keep_next = _ends(steps_ptr + hop * L, keep_ptr + hop, long)
-        else:
-            into, dt, out, keep = _ends(steps_ptr, keep_ptr, long)
-            weight = dt * out
+        into, dt, out, keep = tl.load(steps_ptr + 2 * long), tl.load(steps_ptr + long), tl.load(steps_ptr + 3 * long), tl.load(keep_ptr)
+        weight = dt * out
         if TMA:
-            x = _fetch(x_ptr, b, c * L, head, L, P)
+            x, B, C = _fetch(x_ptr, b, c * L, head, L, P), _fetch(B_ptr, b, c * L, head // j, L, N), _fetch(C_ptr, b, c * L, head // j, L, N)
             if DOCS: x = tl.where(real[:, None], x, 0.0).to(x.dtype)
-        elif AHEAD >= 2:
-            x = tl.where(real[:, None], x_next, 0.0).to(x_next.dtype) if DOCS else x_next
-            x_next = _tile(x_ptr + tl.cast(hop, tl.int64) * L * x_t, x_t, i + (hop + c) * L < t, p, P, L)
-        else: x = _tile(x_ptr, x_t, real, p, P, L)
-        if TMA: B, C = _fetch(B_ptr, b, c * L, head // j, L, N), _fetch(C_ptr, b, c * L, head // j, L, N)
-        else: B, C = _tile(B_ptr, B_t, inside, n, N, L), _tile(C_ptr, C_t, inside, n, N, L)
-        y = _outputs_of(x, C, _dot(C, tl.trans(B), None), S if TURN else tl.trans(S), D, tl.load(steps_ptr), tl.load(steps_ptr + long), into, seen,
-                        L, DOCS)
-        # NOTE: the conditions always hold. Triton's pipeline asks for the next chunk's B and C after a loop's straight code and before its branches:
-        # work in a branch fills the time until they arrive.
-        if LATE < 2: after = _grow(S, x, weight, keep, B, TURN)
+        else: x, B, C = _tile(x_ptr, x_t, real, p, P, L), _tile(B_ptr, B_t, inside, n, N, L), _tile(C_ptr, C_t, inside, n, N, L)
+        y = _outputs_of(x, C, _dot(C, tl.trans(B), None), tl.trans(S), D, tl.load(steps_ptr), dt, into, seen, L, DOCS)
         if TMA: _send(y_ptr, b, tl.cast(c * L, tl.int32), head, y, L, 1, P)
-        elif LATE == 0: _write(y_ptr, h * p, states_ptr, y, S, inside, p, n, P, N, L, KEEP, TURN)
-        elif c < chunks: _write(y_ptr, h * p, states_ptr, y, S, inside, p, n, P, N, L, KEEP, TURN)
-        if LATE < 2: S = after
-        elif c < chunks: S = _grow(S, x, weight, keep, B, TURN)
-        if KEEP and TMA: _send(states_ptr, b, (c + 1) * h + head, head * 0, tl.trans(S) if TURN else S, 1, P, N)    # the last one lies outside
-        if AHEAD >= 1: into, weight, keep = into_next, dt * out, keep_next        # multiplied here: earlier, it would wait for the loads
+        # NOTE: this always holds. Triton's pipeline asks for the next chunk's tiles after a loop's straight code and before its branches: work in a
+        # branch fills the time until they arrive.
+        if c < chunks:
+            if not TMA:
+                _put(y_ptr, h * p, inside, y, p, P, L)
+                if KEEP: _put(states_ptr, n, row, S, n, N, P)
+            S = _add(S * keep, x, weight, B)
+        if KEEP and TMA: _send(states_ptr, b, (c + 1) * h + head, head * 0, S, 1, P, N)    # the last one lies outside
         if not TMA:
             x_ptr += L * x_t
             y_ptr += L * h * p
@@ -313,7 +276,7 @@ def _scan(x_ptr, B_ptr, C_ptr, D_ptr, steps_ptr, keep_ptr, seen_ptr, first_ptr, 
             states_ptr += h * p * n
         steps_ptr += L
         keep_ptr += 1
-    _put(last_ptr + bh * p * n, n, row, tl.trans(S) if TURN else S, n, N, P)
+    _put(last_ptr + bh * p * n, n, row, S, n, N, P)
 
 
 # --- forward, few heads: three kernels; the first two also serve the backward pass
@@ -367,8 +330,7 @@ def _outputs(x_ptr, B_ptr, C_ptr, D_ptr, steps_ptr, seen_ptr, states_ptr, y_ptr,
 
 @triton.jit
 def _scan_backward(dy_ptr, C_ptr, steps_ptr, keep_ptr, seen_ptr, dlast_ptr, dstates_ptr, dfirst_ptr, dy_b, dy_t, dy_h, C_b, C_t, C_g,
-                   t, chunks, h, j, p: tl.constexpr, n: tl.constexpr, P: tl.constexpr, N: tl.constexpr, L: tl.constexpr, DOCS: tl.constexpr,
-                   AHEAD: tl.constexpr, LATE: tl.constexpr):
+                   t, chunks, h, j, p: tl.constexpr, n: tl.constexpr, P: tl.constexpr, N: tl.constexpr, L: tl.constexpr, DOCS: tl.constexpr):
     """As _scan, from the last chunk to the first, for the gradient of the state alone. It writes that of the state after every chunk."""
     bh, i = tl.program_id(0).to(tl.int64), tl.arange(0, L)
     b, head, long, end = bh // h, bh % h, chunks * L, tl.cast(chunks - 1, tl.int64)
@@ -379,21 +341,18 @@ def _scan_backward(dy_ptr, C_ptr, steps_ptr, keep_ptr, seen_ptr, dlast_ptr, dsta
     keep_ptr += bh * chunks + end
     row = _rows_of(p, P)
     dS, keep = _tile(dlast_ptr + bh * p * n, n, row, n, N, P), tl.load(keep_ptr)
-    if AHEAD: dy_next, into_next = _tile(dy_ptr, dy_t, i + end * L < t, p, P, L), tl.load(into_ptr)
+    dy_next, into_next = _tile(dy_ptr, dy_t, i + end * L < t, p, P, L), tl.load(into_ptr)
     for k in range(chunks):
         inside, real, seen = _tokens(seen_ptr + b * long, (chunks - 1 - k) * L, t, L, DOCS)
         hop = tl.minimum(chunks - 1 - k, 1)
         keep_next = tl.load(keep_ptr - hop)
-        if AHEAD:
-            dy, into = tl.where(real[:, None], dy_next, 0.0).to(dy_next.dtype) if DOCS else dy_next, into_next
-            dy_next = _tile(dy_ptr - tl.cast(hop, tl.int64) * L * dy_t, dy_t, i - hop * L + (chunks - 1 - k) * L < t, p, P, L)
-            into_next = tl.load(into_ptr - hop * L)
-        else: dy, into = _tile(dy_ptr, dy_t, real, p, P, L), tl.load(into_ptr)
+        # dy and into come one chunk ahead, in registers; the first chunk's next one is itself: harmless, and nothing lies beyond the end
+        dy, into = tl.where(real[:, None], dy_next, 0.0).to(dy_next.dtype) if DOCS else dy_next, into_next
+        dy_next = _tile(dy_ptr - tl.cast(hop, tl.int64) * L * dy_t, dy_t, i - hop * L + (chunks - 1 - k) * L < t, p, P, L)
+        into_next = tl.load(into_ptr - hop * L)
         C = _tile(C_ptr, C_t, inside, n, N, L)
         before = _add(dS * keep, dy, into, C)
-        if LATE:
-            if k < chunks: _put(dstates_ptr, n, row, dS, n, N, P)
-        else: _put(dstates_ptr, n, row, dS, n, N, P)
+        _put(dstates_ptr, n, row, dS, n, N, P)
         dS, keep = before, keep_next
         dy_ptr -= L * dy_t
         C_ptr -= L * C_t
@@ -412,62 +371,7 @@ def _plus(a, b, c, d):
 @triton.jit
 def _grads_read(x_ptr, dy_ptr, B_ptr, C_ptr, steps_ptr, seen_ptr, states_ptr, pair_ptr, dC_ptr, dsteps_ptr, x_b, x_t, x_h, dy_b, dy_t, dy_h,
                 B_b, B_t, B_g, C_b, C_t, C_g, t, h, j, g, p: tl.constexpr, n: tl.constexpr, P: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
-                DOCS: tl.constexpr, SPLITS: tl.constexpr, TWO: tl.constexpr):
-    """One chunk, one group (or a SPLITS-th of its heads), what its tokens read: dC, the gradient of C Bᵀ, and sums of rows for dt, A and D.
-
-    Matrices lie transposed, [s, t]: token s is read by the later token t.
-    """
-    c, b, chunks = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64), tl.num_programs(0)
-    group, split, long, i = tl.program_id(1) // SPLITS, tl.program_id(1) % SPLITS, chunks * L, tl.arange(0, L)
-    head = group * j + split * (j // SPLITS)
-    inside, real, seen = _tokens(seen_ptr + b * long, tl.program_id(0) * L, t, L, DOCS)
-    row = _rows_of(p, P)
-    visible = i[:, None] <= i[None, :]
-    if DOCS: visible &= seen[:, None] == seen[None, :]
-    B = _tile(B_ptr + b * B_b + c * L * B_t + group * B_g, B_t, inside, n, N, L)
-    C = _tile(C_ptr + b * C_b + c * L * C_t + group * C_g, C_t, inside, n, N, L)
-    scores, dscores, dC = _dot(B, tl.trans(C), None), tl.zeros([L, L], tl.float32), tl.zeros([L, N], tl.float32)
-
-    x_ptr += b * x_b + c * L * x_t + head * x_h
-    dy_ptr += b * dy_b + c * L * dy_t + head * dy_h
-    states_ptr += ((b * chunks + c) * h + head) * p * n
-    steps_ptr += (b * h + head) * 4 * long + c * L + i
-    dsteps_ptr += (b * h + head) * 4 * long + c * L + i
-    cs, dt, into = tl.load(steps_ptr), tl.load(steps_ptr + long), tl.load(steps_ptr + 2 * long)
-    for k in range(j // SPLITS):
-        x, dy, S = _tile(x_ptr, x_t, real, p, P, L), _tile(dy_ptr, dy_t, real, p, P, L), _tile(states_ptr, n, row, n, N, P)
-        # the next head's steps have this head's time to come; the last head loads its own again
-        steps_ptr += tl.where(k + 1 < j // SPLITS, 4 * long, 0)
-        cs_next, dt_next, into_next = tl.load(steps_ptr), tl.load(steps_ptr + long), tl.load(steps_ptr + 2 * long)
-        # inside the chunk; on the diagonal, where nothing fades, lies <dy, x> for D
-        dM = _dot(x, tl.trans(dy), None) * tl.exp2(tl.where(visible, cs[None, :] - cs[:, None], float("-inf")))
-        diagonal = tl.where(i[:, None] == i[None, :], dM, 0.0)
-        dscores += dM * dt[:, None]
-        dM *= scores
-        if TWO: dyx, dux = tl.reduce((diagonal, dM), 1, _plus)
-        else: dyx, dux = tl.sum(diagonal, 1), tl.sum(dM, 1)
-        tl.store(dsteps_ptr + 3 * long, dyx)
-        tl.store(dsteps_ptr + long, dux)
-        # from the state: y_t = into_t S C_t. The sums run over S C_t and dy [L, p]: over C and its gradient [L, n] they would be twice as long
-        old = _dot(C, tl.trans(S), None)
-        tl.store(dsteps_ptr, tl.sum(dM * dt[:, None], 0) + tl.sum(old * dy, 1) * into)
-        dC = _dot(_cast(dy * into[:, None], S.dtype), S, dC)
-        cs, dt, into = cs_next, dt_next, into_next
-        x_ptr += x_h
-        dy_ptr += dy_h
-        states_ptr += p * n
-        dsteps_ptr += 4 * long
-    pair_ptr += (((b * chunks + c) * g + group) * SPLITS + split) * 2 * L * L
-    _put(pair_ptr, L, None, scores, L, L, L)
-    _put(pair_ptr + L * L, L, None, dscores, L, L, L)
-    dC_ptr += (((split * tl.num_programs(2) + b) * t + c * L) * g + group) * n
-    _put(dC_ptr, g * n, inside, _dot(tl.trans(_cast(dscores, B.dtype)), B, dC), n, N, L)
-
-
-@triton.jit
-def _grads_read_rows(x_ptr, dy_ptr, B_ptr, C_ptr, steps_ptr, seen_ptr, states_ptr, pair_ptr, dC_ptr, dsteps_ptr, x_b, x_t, x_h, dy_b, dy_t, dy_h,
-                     B_b, B_t, B_g, C_b, C_t, C_g, t, h, j, g, p: tl.constexpr, n: tl.constexpr, P: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
-                     DOCS: tl.constexpr, SPLITS: tl.constexpr, TWO: tl.constexpr):
+                DOCS: tl.constexpr, SPLITS: tl.constexpr):
     """One chunk, one group (or a SPLITS-th of its heads), what its tokens read: dC, the gradient of C Bᵀ, and sums of rows for dt, A and D.
 
     Matrices lie as [t, s], token t reads the earlier token s, and are written transposed. A sum over a tile makes warps wait for each other:
@@ -503,7 +407,7 @@ def _grads_read_rows(x_ptr, dy_ptr, B_ptr, C_ptr, steps_ptr, seen_ptr, states_pt
         tl.store(dsteps_ptr + long, tl.sum(dM, 0))
         # from the state: y_t = into_t S C_t. The sums run over S C_t and dy [L, p]: over C and its gradient [L, n] they would be twice as long
         near, old = dM * dt[None, :], _dot(C, tl.trans(S), None) * dy * into[:, None]
-        if TWO and L == P: dyy, dyx = tl.reduce((near + old, diagonal), 1, _plus)
+        if L == P: dyy, dyx = tl.reduce((near + old, diagonal), 1, _plus)
         else: dyy, dyx = tl.sum(near, 1) + tl.sum(old, 1), tl.sum(diagonal, 1)
         tl.store(dsteps_ptr, dyy)
         tl.store(dsteps_ptr + 3 * long, dyx)
@@ -523,11 +427,11 @@ def _grads_read_rows(x_ptr, dy_ptr, B_ptr, C_ptr, steps_ptr, seen_ptr, states_pt
 @triton.jit
 def _grads_write(x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, steps_ptr, keep_ptr, seen_ptr, states_ptr, dstates_ptr, pair_ptr, dx_ptr, dB_ptr, dsteps_ptr,
                  ends_ptr, x_b, x_t, x_h, dy_b, dy_t, dy_h, B_b, B_t, B_g, C_b, C_t, C_g, t, h, j, g, p: tl.constexpr, n: tl.constexpr,
-                 P: tl.constexpr, N: tl.constexpr, L: tl.constexpr, DOCS: tl.constexpr, SPLITS: tl.constexpr, ENDS: tl.constexpr, TWO: tl.constexpr):
+                 P: tl.constexpr, N: tl.constexpr, L: tl.constexpr, DOCS: tl.constexpr, SPLITS: tl.constexpr):
     """As _grads_read, what its tokens wrote: dx, dB, <du, x> through the state, and <dS, S> of the chunk's end (a sum for every row of S).
 
-    ENDS: how <dS, S> is made: 0 S is loaded when needed, 1 S is loaded a head ahead, into registers, 2 on the diagonal of the product S dSᵀ.
-    NOTE: Triton's pipeline loads ahead what a product reads, and nothing else: with 0 every head waits for S as long as memory takes.
+    NOTE: Triton's pipeline loads ahead what a product reads, and nothing else. S is read for a sum, so it is loaded a head ahead by hand, into
+    registers.
     """
     c, b, chunks = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64), tl.num_programs(0)
     group, split, long, i = tl.program_id(1) // SPLITS, tl.program_id(1) % SPLITS, chunks * L, tl.arange(0, L)
@@ -551,7 +455,7 @@ def _grads_write(x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, steps_ptr, keep_ptr, seen_p
     ends_ptr += ((b * h + head) * chunks + c) * P + tl.arange(0, P)
     D_ptr += head
     cs, dt, out, keep, D = tl.load(steps_ptr), tl.load(steps_ptr + long), tl.load(steps_ptr + 3 * long), tl.load(keep_ptr), tl.load(D_ptr)
-    if ENDS == 1: S_next = _tile(states_ptr, n, row, n, N, P)
+    S_next = _tile(states_ptr, n, row, n, N, P)
     for k in range(j // SPLITS):
         x, dy, dS = _tile(x_ptr, x_t, real, p, P, L), _tile(dy_ptr, dy_t, real, p, P, L), _tile(dstates_ptr, n, row, n, N, P)
         # the next head's steps have this head's time to come; the last head loads its own again
@@ -561,24 +465,12 @@ def _grads_write(x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, steps_ptr, keep_ptr, seen_p
         D_ptr += more
         cs_next, dt_next, out_next = tl.load(steps_ptr), tl.load(steps_ptr + long), tl.load(steps_ptr + 3 * long)
         keep_next, D_next = tl.load(keep_ptr), tl.load(D_ptr)
-        if ENDS == 1:
-            S = S_next
-            states_ptr += more * p * n
-            tl.store(ends_ptr, tl.sum(S.to(tl.float32) * dS, 1) * keep)
-            S_next = _tile(states_ptr, n, row, n, N, P)
-        else:
-            S = _tile(states_ptr, n, row, n, N, P)
-            states_ptr += p * n
-            if ENDS == 0: tl.store(ends_ptr, tl.sum(S.to(tl.float32) * dS, 1) * keep)
+        S = S_next
+        states_ptr += more * p * n
+        tl.store(ends_ptr, tl.sum(S.to(tl.float32) * dS, 1) * keep)
+        S_next = _tile(states_ptr, n, row, n, N, P)
         du = _dot(B, tl.trans(dS), None) * out[:, None]
-        if ENDS == 2:
-            q = tl.arange(0, P)
-            diagonal = tl.where(q[:, None] == q[None, :], _dot(S, tl.trans(dS), None), 0.0)
-            if TWO and L == P: far, end = tl.reduce((du * x, diagonal), 1, _plus)
-            else: far, end = tl.sum(du * x, 1), tl.sum(diagonal, 1)
-            tl.store(ends_ptr, end * keep)
-        else: far = tl.sum(du * x, 1)
-        tl.store(dsteps_ptr, far)
+        tl.store(dsteps_ptr, tl.sum(du * x, 1))
         dB = _dot(_cast(x * (out * dt)[:, None], dS.dtype), dS, dB)
         M = scores * tl.exp2(tl.where(visible, cs[None, :] - cs[:, None], float("-inf")))
         dx = du * dt[:, None] + D * dy
@@ -639,7 +531,7 @@ def _forward(x, dt, A, B, C, D, S, doc_bt, tiles: dict, for_backward: bool):
     states = torch.empty(b, chunks, h, p, n, device=x.device, dtype=x.dtype) if for_backward or not walk else y
     strides = *x.stride()[:3], *B.stride()[:3]
     if walk:
-        plan, L, P, N, of = tiles["keeping" if for_backward else "scan"], chunk, sizes["P"], sizes["N"], (x, B, C, y, states)
+        plan, L, P, N, of = tiles["scan"], chunk, sizes["P"], sizes["N"], (x, B, C, y, states)
         if plan["TMA"] and _describable(x, B, C, y, states, P=P, N=N):
             heads = (x, P), (B, N), (C, N), (y, P)
             of = [TensorDescriptor(z, list(z.shape), list(z.stride()), [1, L, 1, w]) for z, w in heads] + [states]
@@ -674,11 +566,9 @@ def _backward(dy, dlast, x, dt, A, B, C, D, doc_bt, steps, keep, seen, states, t
     dB, dC = (torch.empty(splits, b, t, g, n, device=x.device, dtype=x.dtype if splits == 1 else torch.float32) for _ in range(2))
     pair, grid = torch.empty(b, chunks, g, splits, 2, chunk, chunk, device=x.device), (chunks, g * splits, b)        # C Bᵀ and its gradient
     common = *x.stride()[:3], *dy.stride()[:3], *B.stride()[:3], *C.stride()[:3], t, h, _count(h // g), g
-    read = {**tiles["grads_read"]}
-    (_grads_read_rows if read.pop("ROWS") else _grads_read)[grid](x, dy, B, C, steps, seen, states, pair, dC, dsteps, *common, SPLITS=splits,
-                                                                  **sizes, **read)
-    _grads_write[grid](x, dy, B, C, D, steps, keep, seen, states, dstates, pair, dx, dB, dsteps, ends, *common, SPLITS=splits, **sizes,
-                       **tiles["grads_write"])
+    _grads_read[grid](x, dy, B, C, steps, seen, states, pair, dC, dsteps, *common, SPLITS=splits, **sizes, **tiles["grads_read"])
+    _grads_write[grid](x, dy, B, C, D, steps, keep, seen, states, dstates, pair, dx, dB, dsteps, ends, *common,
+                       SPLITS=splits, **sizes, **tiles["grads_write"])
     _steps_backward[(chunks, b, triton.cdiv(h, 16))](dsteps, ends, dt, A, seen, ddt, dA, dD, *dt.stride(), t, h, L=chunk, H=16, P=sizes["P"],
                                                      DOCS=doc_bt is not None, num_warps=2, enable_fp_fusion=False)
     dB, dC = (z[0] if splits == 1 else z.sum(0).to(x.dtype) for z in (dB, dC))
