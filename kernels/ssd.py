@@ -31,10 +31,10 @@ the L2 cache, 512 bytes a token beside 256 for its own x and y. Products at L = 
 head and token, 120 GFLOP. A gradient keeps the state of every chunk: 537 MB in bf16. The backward pass moves 3.7 GB (the walk 0.8, the kernels
 of what was read and written 1.1 and 1.8) and multiplies 206 GFLOP.
 
-Measured on an H200 (Triton 3.6, torch 2.11): forward 0.381 ms (mamba_ssm 1.115 in the same run), at Nano's layer 0.381; with a gradient, and backward,
-2.15. Tried forward: pointers in place of descriptors 0.470 (64-bit addresses fill the registers, and others spill); two heads a program, scores
-from a kernel of their own, chunks of 128: 0.67 and more. Tried with backward: one backward kernel in place of two, which spills, 2.97; <dS, S> on the
-diagonal of a product 2.18, S for it loaded when needed 2.27.
+Measured on an H200 (Triton 3.6, torch 2.11): forward 0.381 ms (mamba_ssm 1.115 in the same run), at Nano's layer 0.381; forward and backward 2.15.
+Tried, forward: pointers in place of descriptors 0.470 (64-bit addresses fill the registers, and others spill); two heads a program, scores from a
+kernel of their own, chunks of 128: 0.67 and more. Tried, both: one backward kernel in place of two, which spills, 2.97; <dS, S> on the diagonal of
+a product 2.18, S for it loaded when needed 2.27.
 
 Precision: products take operands in the inputs' dtype (fp32 exactly, without TF32) and sum in fp32; S is rounded for the product that reads it,
 never where it is carried. float64 is computed in fp32: the tensor cores' fp64 products are not worth a second set of tiles.
