@@ -15,7 +15,7 @@ Work at Ultra's shape (batch 64, 256 heads of 64 x 128, one token): 134 M state 
 0.27 GB in int8; inputs and outputs are under 2 % of that. FLOPs: 5 a number and token, 0.7 GFLOP. The draws of stochastic rounding are about 10
 integer instructions a number (the key of a block of 16 is shared), the rounding to fp16 about 8 more.
 
-Measured on an H200, batch 64: fp32 0.264 ms (its floor is 0.25), fp16 0.139, int8 0.104; batch 1 in fp32 0.010. Stochastic rounding to fp16 took 0.183
+Measured on an H200, batch 64: fp32 0.264 ms (floor 0.25), fp16 0.139, int8 0.104; batch 1 in fp32 0.010. Stochastic rounding to fp16 took 0.183
 with a hash for every number; since then one hash serves two. A thread block no wider than a row sends the state through shared memory: 1.1 ms.
 
 Differences from the PyTorch function: none in the meaning. exp is Triton's, and S u B is one fused multiply-add on a GPU, so fp32 states agree to
