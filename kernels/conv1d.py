@@ -42,8 +42,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# the interpreter cuts to bf16 where a GPU rounds
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+from kernels.interpreter import narrow
 
 
 def _tiles(backward: bool) -> dict:
@@ -53,15 +52,6 @@ def _tiles(backward: bool) -> dict:
 
 
 # --- the pieces of a walk. A tuple in a kernel is a name for several registers: its length is known when the kernel is compiled.
-
-@triton.jit
-def _rounded(x, dtype: tl.constexpr):
-    """x in dtype, to nearest even. In the interpreter bf16 is rounded by hand: add half a step to the bits, then cut."""
-    if _INTERPRETED and dtype == tl.bfloat16 and x.dtype == tl.float32:
-        bits = x.to(tl.uint32, bitcast=True)
-        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return x.to(dtype)
-
 
 @triton.jit
 def _taps(weight_ptr, c_c, c, W: tl.constexpr, W2: tl.constexpr, WIDE: tl.constexpr):
@@ -158,10 +148,10 @@ def _finish(dx_ptr, dwindow_ptr, order_ptr, sum_c, place, start, stop, c_c, c, W
     """Store the gradient of the input at `place`, which has met its last reader, if it lies in this tile or in the window."""
     row, mine = place, (place >= start) & (place < stop)
     if ORDERED: row = tl.load(order_ptr + place, mask=mine, other=0)
-    tl.store(dx_ptr + tl.cast(row, tl.int64) * c, _rounded(sum_c, dx_ptr.dtype.element_ty), mask=_mask(c_c, c, mine))
+    tl.store(dx_ptr + tl.cast(row, tl.int64) * c, narrow(sum_c, dx_ptr.dtype.element_ty), mask=_mask(c_c, c, mine))
     if WINDOW:
         before = _mask(c_c, c, (place < 0) & (start == 0))
-        tl.store(dwindow_ptr + (place + W - 1) * c, _rounded(sum_c, dwindow_ptr.dtype.element_ty), mask=before)
+        tl.store(dwindow_ptr + (place + W - 1) * c, narrow(sum_c, dwindow_ptr.dtype.element_ty), mask=before)
 
 
 # --- the two walks
@@ -197,7 +187,7 @@ def _forward(x_ptr, weight_ptr, bias_ptr, window_ptr, order_ptr, reach_ptr, y_pt
             if ORDERED:
                 y_c = tl.where(reaches[i] >= 0, y_c, 0)
                 row = tl.load(order_ptr + row, mask=inside, other=0)
-            tl.store(y_ptr + tl.cast(row, tl.int64) * c, _rounded(y_c, y_ptr.dtype.element_ty), mask=_mask(c_c, c, inside))
+            tl.store(y_ptr + tl.cast(row, tl.int64) * c, narrow(y_c, y_ptr.dtype.element_ty), mask=_mask(c_c, c, inside))
             past = (past + (x_c,))[1:]
 
 

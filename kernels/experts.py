@@ -64,7 +64,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+from kernels.interpreter import dot, narrow
+
 _UP, _PLAIN, _DA = 0, 1, 2      # what _rows_kernel does with a finished tile: store relu², store, or finish the hidden layer's gradient
 
 
@@ -119,23 +120,6 @@ class _Routing:
 
 
 @triton.jit
-def _dot(a, b, acc):
-    """acc + a · b, summed in fp32."""
-    if _INTERPRETED:      # it holds bf16 as integers and would multiply those
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@triton.jit
-def _narrow(x, dtype: tl.constexpr):
-    """x, fp32, in dtype, rounded to nearest even."""
-    if _INTERPRETED and dtype == tl.bfloat16:      # its cast cuts the low half off: round first
-        bits = x.to(tl.int32, bitcast=True)
-        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
-    return x.to(dtype)
-
-
-@triton.jit
 def _hidden_gradient(da_mn, p_m, du_qn, a_qn, dp_q, rows_m, own_m, end, block, N, BLOCK_N: tl.constexpr):
     """du = 2 p h da with h the root of a, and these columns' part of dp = a · da."""
     columns_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -144,7 +128,7 @@ def _hidden_gradient(da_mn, p_m, du_qn, a_qn, dp_q, rows_m, own_m, end, block, N
     a_mn = tl.load(a_qn + at_mn, mask=kept_mn, other=0.0).to(tl.float32)
     # every column block leaves its own part: adding them with atomics would round in another order in every run
     tl.store(dp_q + own_m, tl.sum(a_mn * da_mn, axis=1), mask=rows_m < end)
-    tl.store(du_qn + at_mn, _narrow(2.0 * p_m[:, None] * tl.sqrt(a_mn) * da_mn, du_qn.dtype.element_ty), mask=kept_mn)
+    tl.store(du_qn + at_mn, narrow(2.0 * p_m[:, None] * tl.sqrt(a_mn) * da_mn, du_qn.dtype.element_ty), mask=kept_mn)
 
 
 @triton.jit
@@ -183,7 +167,7 @@ def _finish(acc_mn, out, a_qn, dp_bq, weights_q, order_q, row, end, block, N, ro
             acc_mn = tl.where(acc_mn < 0.0, 0.0, acc_mn)
             acc_mn *= acc_mn
         kept_mn = (rows_m[:, None] < end) & (columns_n[None, :] < N)
-        tl.store(out + own_m[:, None].to(tl.int64) * N + columns_n[None, :], _narrow(acc_mn, out.dtype.element_ty), mask=kept_mn)
+        tl.store(out + own_m[:, None].to(tl.int64) * N + columns_n[None, :], narrow(acc_mn, out.dtype.element_ty), mask=kept_mn)
 
 
 @triton.jit
@@ -216,9 +200,9 @@ def _row_tile(a, a_half, w, out, a_qn, dp_bq, weights_q, order_q, token_q, exper
             else: w_nk = tl.load(w + first_weight + columns_n[:, None] * K + at_k[None, :],
                                  mask=(columns_n[:, None] < N) & (at_k[None, :] < K), other=0.0)
             w_kn = w_nk.T
-        acc_mn = _dot(a_mk, w_kn, acc_mn)
+        acc_mn = dot(a_mk, w_kn, acc_mn)
         if SECOND:
-            more_mn = _dot(_load_rows(a_half, bottom_m1, row + FIRST, start, K, ROWS_TMA, EVEN, BLOCK_K), w_kn, more_mn)
+            more_mn = dot(_load_rows(a_half, bottom_m1, row + FIRST, start, K, ROWS_TMA, EVEN, BLOCK_K), w_kn, more_mn)
 
     # the smaller part first: it frees its registers for what the larger one needs beside its sums
     if SECOND: _finish(more_mn, out, a_qn, dp_bq, weights_q, order_q, row + FIRST, end, block, N, rows, EPILOGUE, SECOND, BLOCK_N)
@@ -261,7 +245,7 @@ def _sum_kernel(rows_ql, inverse_q, weights_q, out_rl, L, WEIGHTED: tl.constexpr
         row_l = tl.load(rows_ql + place * L + at_l, mask=at_l < L, other=0.0).to(tl.float32)
         if WEIGHTED: row_l *= tl.load(weights_q + r * CHOSEN + slot).to(tl.float32)
         total_l += row_l
-    tl.store(out_rl + r * L + at_l, _narrow(total_l, out_rl.dtype.element_ty), mask=at_l < L)
+    tl.store(out_rl + r * L + at_l, narrow(total_l, out_rl.dtype.element_ty), mask=at_l < L)
 
 
 @triton.jit
@@ -280,15 +264,15 @@ def _token_block(tokens_rl, token_q, order_q, weights_q, at_l, row, end, L, stri
     rows_kl = tl.load(tokens_rl + (token_k * stride_tokens)[:, None] + at_l[None, :], mask=own_k[:, None] & (at_l[None, :] < L), other=0.0)
     if WEIGHTED:
         p_k = tl.load(weights_q + tl.load(order_q + at_k, mask=own_k, other=0), mask=own_k, other=0.0).to(tl.float32)
-        rows_kl = _narrow(rows_kl.to(tl.float32) * p_k[:, None], rows_kl.dtype)
+        rows_kl = narrow(rows_kl.to(tl.float32) * p_k[:, None], rows_kl.dtype)
     return rows_kl
 
 
 @triton.jit
 def _product(tokens_kl, hidden_kf, acc, TOKENS_FIRST: tl.constexpr):
     """acc + tokensᵀ · hidden, [l, f], or its transpose."""
-    if TOKENS_FIRST: acc = _dot(tokens_kl.T, hidden_kf, acc)
-    else: acc = _dot(hidden_kf.T, tokens_kl, acc)
+    if TOKENS_FIRST: acc = dot(tokens_kl.T, hidden_kf, acc)
+    else: acc = dot(hidden_kf.T, tokens_kl, acc)
     return acc
 
 
@@ -296,11 +280,11 @@ def _product(tokens_kl, hidden_kf, acc, TOKENS_FIRST: tl.constexpr):
 def _store_tile(acc, out, expert, l, f, L, F, TOKENS_FIRST: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """One tile of an expert's gradient, [l, f] or [f, l]."""
     m, n, M, N = (l, f, L, F) if TOKENS_FIRST else (f, l, F, L)
-    if TMA: out.store([expert * M + m, n], _narrow(acc, out.dtype))
+    if TMA: out.store([expert * M + m, n], narrow(acc, out.dtype))
     else:
         at_m, at_n = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
         at_mn = expert.to(tl.int64) * M * N + at_m[:, None].to(tl.int64) * N + at_n[None, :]
-        tl.store(out + at_mn, _narrow(acc, out.dtype.element_ty), mask=(at_m[:, None] < M) & (at_n[None, :] < N))
+        tl.store(out + at_mn, narrow(acc, out.dtype.element_ty), mask=(at_m[:, None] < M) & (at_n[None, :] < N))
 
 
 @triton.jit

@@ -35,8 +35,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# the interpreter cuts to bf16 where a GPU rounds
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+from kernels.interpreter import narrow
 
 
 def _tiles(width: int, gated: bool, backward: bool) -> dict:
@@ -46,15 +45,6 @@ def _tiles(width: int, gated: bool, backward: bool) -> dict:
     tall = max(1, 2048 // block)
     if backward: return dict(BLOCK=block, ROWS=tall, STEPS=64, STAGES=2 if gated else 3, num_warps=max(4, min(8, block // 1024)))
     return dict(BLOCK=block, ROWS=tall, STEPS=1, STAGES=1, num_warps=max(4, min(16, block // 1024)))
-
-
-@triton.jit
-def _rounded(x, dtype: tl.constexpr):
-    """x in dtype, to nearest even. In the interpreter bf16 is rounded by hand: add half a step to the bits, then cut."""
-    if _INTERPRETED and dtype == tl.bfloat16 and x.dtype == tl.float32:
-        bits = x.to(tl.uint32, bitcast=True)
-        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return x.to(dtype)
 
 
 @triton.jit
@@ -80,7 +70,7 @@ def _forward(x_ptr, z_ptr, weight_ptr, out_ptr, scale_ptr, rows, x_stride, z_str
             z_rw = tl.load(z_ptr + row_r1 * z_stride + column_1w, mask=ok_rw, other=0).to(WIDE)
             u_rw *= z_rw / (1 + tl.exp(-z_rw))
         scale_r1 = tl.rsqrt(tl.sum(u_rw * u_rw, axis=1, keep_dims=True) / WIDTH + EPS)
-        out_rw = _rounded(u_rw * scale_r1 * weight_1w, out_ptr.dtype.element_ty)
+        out_rw = narrow(u_rw * scale_r1 * weight_1w, out_ptr.dtype.element_ty)
         tl.store(out_ptr + row_r1 * (GROUPS * WIDTH) + column_1w, out_rw, mask=ok_rw)
         if SAVE: tl.store(scale_ptr + row_r1 * GROUPS + group, scale_r1, mask=row_r1 < rows)
 
@@ -111,9 +101,9 @@ def _backward(x_ptr, z_ptr, weight_ptr, scale_ptr, dout_ptr, dx_ptr, dz_ptr, par
         at_rw = row_r1 * (GROUPS * WIDTH) + column_1w
         if GATED:
             dz_rw = du_rw * x_rw * (sigmoid_rw * (1 + z_rw * (1 - sigmoid_rw)))           # the last factor is silu'(z)
-            tl.store(dz_ptr + at_rw, _rounded(dz_rw, dz_ptr.dtype.element_ty), mask=ok_rw)
+            tl.store(dz_ptr + at_rw, narrow(dz_rw, dz_ptr.dtype.element_ty), mask=ok_rw)
             du_rw *= z_rw * sigmoid_rw
-        tl.store(dx_ptr + at_rw, _rounded(du_rw, dx_ptr.dtype.element_ty), mask=ok_rw)
+        tl.store(dx_ptr + at_rw, narrow(du_rw, dx_ptr.dtype.element_ty), mask=ok_rw)
     partial_ptr += tl.cast(tl.program_id(0) // GROUPS, tl.int64) * (GROUPS * WIDTH)
     tl.store(partial_ptr + column_1w, tl.sum(dweight_rw, axis=0, keep_dims=True), mask=i_1w < WIDTH)
 

@@ -52,6 +52,8 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.interpreter import INTERPRETED, dot, narrow
+
 LOG2E = tl.constexpr(1.4426950408889634)        # the kernels keep running sums in powers of two: exp2 is one instruction, exp is two
 
 
@@ -68,25 +70,6 @@ def _tiles(b: int, t: int, h: int, g: int, p: int, n: int, size: int) -> dict:
                 scan=dict(TMA=size < 4, num_warps=8 if wide else 4, num_stages=stages), back=dict(num_warps=8, num_stages=deep),
                 add=dict(num_warps=8 if wide else 4, num_stages=1), outputs=dict(num_warps=8 if wide else 4, num_stages=1),
                 grads_read=dict(num_warps=8, num_stages=deep), grads_write=dict(num_warps=8, num_stages=deep), splits=splits)
-
-
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def _cast(x, dtype: tl.constexpr):
-    """x in dtype, rounded to nearest even. On the way to bf16 the interpreter only cuts: rounded by hand there."""
-    if INTERPRETED and dtype == tl.bfloat16 and x.dtype == tl.float32:
-        bits = x.to(tl.uint32, bitcast=True)
-        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return x.to(dtype)
-
-
-@triton.jit
-def _dot(a, b, acc):
-    """acc + a b in fp32. The interpreter multiplies bf16 by its bit patterns: widened first there, which is exact."""
-    if INTERPRETED: a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc=acc, input_precision="ieee")
 
 
 # --- the steps: from dt [b, t, h] to what the chunks need, [b, h, 4, t padded to whole chunks] in fp32: cs, dt, into, out
@@ -170,7 +153,7 @@ def _tile(ptr, row_stride, rows, width: tl.constexpr, WIDTH: tl.constexpr, R: tl
 @triton.jit
 def _put(ptr, row_stride, rows, tile, width: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr):
     at = ptr + tl.arange(0, R)[:, None] * row_stride + tl.arange(0, WIDTH)[None, :]
-    tl.store(at, _cast(tile, ptr.dtype.element_ty), mask=_mask(rows, width, WIDTH))
+    tl.store(at, narrow(tile, ptr.dtype.element_ty), mask=_mask(rows, width, WIDTH))
 
 
 @triton.jit
@@ -203,13 +186,13 @@ def _outputs_of(x, C, scores, ST, D, cs, dt, into, seen, L: tl.constexpr, DOCS: 
     M = scores * tl.exp2(tl.where(visible, cs[:, None] - cs[None, :], float("-inf"))) * dt[None, :]
     # NOTE: the second product does not continue the first one's sums. Triton would lay chained products out with all warps above each other,
     # and with 8 warps half of them would repeat the others' 64 rows.
-    return _dot(_cast(M, x.dtype), x, None) + _dot(C, _cast(ST, C.dtype), None) * into[:, None] + D * x
+    return dot(narrow(M, x.dtype), x, None) + dot(C, narrow(ST, C.dtype), None) * into[:, None] + D * x
 
 
 @triton.jit
 def _add(S, x, weight, B):
     """S + (weight * x)ᵀ B: what a chunk adds to the state [p, n]; from dy, into and C, what it adds to the state's gradient."""
-    return _dot(tl.trans(_cast(x * weight[:, None], B.dtype)), B, S)
+    return dot(tl.trans(narrow(x * weight[:, None], B.dtype)), B, S)
 
 
 # --- forward, many heads
@@ -223,7 +206,7 @@ def _fetch(described, b, lo, head, L: tl.constexpr, W: tl.constexpr):
 @triton.jit
 def _send(described, b, at, head, tile, ROWS: tl.constexpr, P: tl.constexpr, W: tl.constexpr):
     """The other way, a block [1, ROWS, P, W]; what lies beyond the ends is not written."""
-    described.store([b.to(tl.int32), at.to(tl.int32), head.to(tl.int32), 0], _cast(tile, described.dtype).reshape(1, ROWS, P, W))
+    described.store([b.to(tl.int32), at.to(tl.int32), head.to(tl.int32), 0], narrow(tile, described.dtype).reshape(1, ROWS, P, W))
 
 
 @triton.jit
@@ -258,7 +241,7 @@ def _scan(x_ptr, B_ptr, C_ptr, D_ptr, steps_ptr, keep_ptr, seen_ptr, first_ptr, 
             x, B, C = _fetch(x_ptr, b, c * L, head, L, P), _fetch(B_ptr, b, c * L, head // j, L, N), _fetch(C_ptr, b, c * L, head // j, L, N)
             if DOCS: x = tl.where(real[:, None], x, 0.0).to(x.dtype)
         else: x, B, C = _tile(x_ptr, x_t, real, p, P, L), _tile(B_ptr, B_t, inside, n, N, L), _tile(C_ptr, C_t, inside, n, N, L)
-        y = _outputs_of(x, C, _dot(C, tl.trans(B), None), tl.trans(S), D, tl.load(steps_ptr), dt, into, seen, L, DOCS)
+        y = _outputs_of(x, C, dot(C, tl.trans(B), None), tl.trans(S), D, tl.load(steps_ptr), dt, into, seen, L, DOCS)
         if TMA: _send(y_ptr, b, tl.cast(c * L, tl.int32), head, y, L, 1, P)
         # NOTE: this always holds. Triton's pipeline asks for the next chunk's tiles after a loop's straight code and before its branches: work in a
         # branch fills the time until they arrive.
@@ -304,7 +287,7 @@ def _accumulate(added_ptr, keep_ptr, first_ptr, states_ptr, last_ptr, chunks, h,
     for k in range(chunks):
         c = chunks - 1 - k if BACK else k
         at = start + tl.cast(c, tl.int64) * h * size + i
-        tl.store(states_ptr + at, _cast(S, states_ptr.dtype.element_ty), mask=here)
+        tl.store(states_ptr + at, narrow(S, states_ptr.dtype.element_ty), mask=here)
         S = S * tl.load(keep_ptr + bh * chunks + c) + tl.load(added_ptr + at, mask=here, other=0.0)
     tl.store(last_ptr + bh * size + i, S, mask=here)
 
@@ -322,7 +305,7 @@ def _outputs(x_ptr, B_ptr, C_ptr, D_ptr, steps_ptr, seen_ptr, states_ptr, y_ptr,
     S = _tile(states_ptr + ((b * chunks + c) * h + head) * p * n, n, _rows_of(p, P), n, N, P)
     steps_ptr += (b * h + head) * 4 * long + c * L + tl.arange(0, L)
     cs, dt, into = tl.load(steps_ptr), tl.load(steps_ptr + long), tl.load(steps_ptr + 2 * long)
-    y = _outputs_of(x, C, _dot(C, tl.trans(B), None), tl.trans(S), tl.load(D_ptr + head), cs, dt, into, seen, L, DOCS)
+    y = _outputs_of(x, C, dot(C, tl.trans(B), None), tl.trans(S), tl.load(D_ptr + head), cs, dt, into, seen, L, DOCS)
     _put(y_ptr + ((b * t + c * L) * h + head) * p, h * p, inside, y, p, P, L)
 
 
@@ -386,7 +369,7 @@ def _grads_read(x_ptr, dy_ptr, B_ptr, C_ptr, steps_ptr, seen_ptr, states_ptr, pa
     if DOCS: visible &= seen[:, None] == seen[None, :]
     B = _tile(B_ptr + b * B_b + c * L * B_t + group * B_g, B_t, inside, n, N, L)
     C = _tile(C_ptr + b * C_b + c * L * C_t + group * C_g, C_t, inside, n, N, L)
-    scores, dscores, dC = _dot(C, tl.trans(B), None), tl.zeros([L, L], tl.float32), tl.zeros([L, N], tl.float32)
+    scores, dscores, dC = dot(C, tl.trans(B), None), tl.zeros([L, L], tl.float32), tl.zeros([L, N], tl.float32)
 
     x_ptr += b * x_b + c * L * x_t + head * x_h
     dy_ptr += b * dy_b + c * L * dy_t + head * dy_h
@@ -400,18 +383,18 @@ def _grads_read(x_ptr, dy_ptr, B_ptr, C_ptr, steps_ptr, seen_ptr, states_ptr, pa
         steps_ptr += tl.where(k + 1 < j // SPLITS, 4 * long, 0)
         cs_next, dt_next, into_next = tl.load(steps_ptr), tl.load(steps_ptr + long), tl.load(steps_ptr + 2 * long)
         # inside the chunk; on the diagonal, where nothing fades, lies <dy, x> for D
-        dM = _dot(dy, tl.trans(x), None) * tl.exp2(tl.where(visible, cs[:, None] - cs[None, :], float("-inf")))
+        dM = dot(dy, tl.trans(x), None) * tl.exp2(tl.where(visible, cs[:, None] - cs[None, :], float("-inf")))
         diagonal = tl.where(i[:, None] == i[None, :], dM, 0.0)
         dscores += dM * dt[None, :]
         dM *= scores
         tl.store(dsteps_ptr + long, tl.sum(dM, 0))
         # from the state: y_t = into_t S C_t. The sums run over S C_t and dy [L, p]: over C and its gradient [L, n] they would be twice as long
-        near, old = dM * dt[None, :], _dot(C, tl.trans(S), None) * dy * into[:, None]
+        near, old = dM * dt[None, :], dot(C, tl.trans(S), None) * dy * into[:, None]
         if L == P: dyy, dyx = tl.reduce((near + old, diagonal), 1, _plus)
         else: dyy, dyx = tl.sum(near, 1) + tl.sum(old, 1), tl.sum(diagonal, 1)
         tl.store(dsteps_ptr, dyy)
         tl.store(dsteps_ptr + 3 * long, dyx)
-        dC = _dot(_cast(dy * into[:, None], S.dtype), S, dC)
+        dC = dot(narrow(dy * into[:, None], S.dtype), S, dC)
         cs, dt, into = cs_next, dt_next, into_next
         x_ptr += x_h
         dy_ptr += dy_h
@@ -421,7 +404,7 @@ def _grads_read(x_ptr, dy_ptr, B_ptr, C_ptr, steps_ptr, seen_ptr, states_ptr, pa
     _put(pair_ptr, L, None, tl.trans(scores), L, L, L)
     _put(pair_ptr + L * L, L, None, tl.trans(dscores), L, L, L)
     dC_ptr += (((split * tl.num_programs(2) + b) * t + c * L) * g + group) * n
-    _put(dC_ptr, g * n, inside, _dot(_cast(dscores, B.dtype), B, dC), n, N, L)
+    _put(dC_ptr, g * n, inside, dot(narrow(dscores, B.dtype), B, dC), n, N, L)
 
 
 @triton.jit
@@ -469,12 +452,12 @@ def _grads_write(x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, steps_ptr, keep_ptr, seen_p
         states_ptr += more * p * n
         tl.store(ends_ptr, tl.sum(S.to(tl.float32) * dS, 1) * keep)
         S_next = _tile(states_ptr, n, row, n, N, P)
-        du = _dot(B, tl.trans(dS), None) * out[:, None]
+        du = dot(B, tl.trans(dS), None) * out[:, None]
         tl.store(dsteps_ptr, tl.sum(du * x, 1))
-        dB = _dot(_cast(x * (out * dt)[:, None], dS.dtype), dS, dB)
+        dB = dot(narrow(x * (out * dt)[:, None], dS.dtype), dS, dB)
         M = scores * tl.exp2(tl.where(visible, cs[None, :] - cs[:, None], float("-inf")))
         dx = du * dt[:, None] + D * dy
-        dx += _dot(_cast(M, dy.dtype), dy, None) * dt[:, None]
+        dx += dot(narrow(M, dy.dtype), dy, None) * dt[:, None]
         cs, dt, out, keep, D = cs_next, dt_next, out_next, keep_next, D_next
         _put(dx_ptr, h * p, inside, dx, p, P, L)
         x_ptr += x_h
@@ -485,7 +468,7 @@ def _grads_write(x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, steps_ptr, keep_ptr, seen_p
         ends_ptr += chunks * P
     C = _tile(C_ptr + b * C_b + c * L * C_t + group * C_g, C_t, inside, n, N, L)
     dB_ptr += (((split * tl.num_programs(2) + b) * t + c * L) * g + group) * n
-    _put(dB_ptr, g * n, inside, _dot(_cast(_tile(pair_ptr + L * L, L, None, L, L, L), C.dtype), C, dB), n, N, L)
+    _put(dB_ptr, g * n, inside, dot(narrow(_tile(pair_ptr + L * L, L, None, L, L, L), C.dtype), C, dB), n, N, L)
 
 
 # --- the host's side

@@ -32,8 +32,7 @@ import triton
 import triton.language as tl
 
 from kernels.draws import block_keys, draw16, split_key
-
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+from kernels.interpreter import narrow
 
 
 def _tiles(b: int, h: int, p: int, n: int, t: int, itemsize: int) -> dict:
@@ -77,15 +76,6 @@ def _bits(first, row_p, n, k0, k1, N: tl.constexpr, ALIGNED: tl.constexpr):
         return draw16(keys, n & 15)
     element = start_p[:, None] + n
     return draw16(block_keys(element >> 4, k0, k1), (element & 15).to(tl.int32))
-
-
-@triton.jit
-def _narrow(y, dtype: tl.constexpr):
-    """y in the output's dtype, to nearest even."""
-    if _INTERPRETED and dtype == tl.bfloat16:       # the interpreter cuts bits off where a GPU rounds: give it numbers that are rounded already
-        bits = y.to(tl.float32).to(tl.int32, bitcast=True)
-        y = ((bits + 0x7FFF + (bits >> 16 & 1)) & -0x10000).to(tl.float32, bitcast=True)
-    return y.to(dtype)
 
 
 @triton.jit
@@ -171,7 +161,7 @@ def _step_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, y_ptr, state_ptr, sc
         S = tl.fma((dt * x_p)[:, None] + tl.zeros_like(S), B_n + tl.zeros_like(S), tl.exp(dt * A) * S)
         y_p = tl.sum(S * C_n, axis=1)
         if D_ptr is not None: y_p += tl.load(D_ptr + head).to(wide) * x_p
-        tl.store(y_ptr + j * (H * P) + row_p, _narrow(tl.where(live_p, y_p, 0.0), y_ptr.dtype.element_ty), mask=in_p)
+        tl.store(y_ptr + j * (H * P) + row_p, narrow(tl.where(live_p, y_p, 0.0), y_ptr.dtype.element_ty), mask=in_p)
         if WRITE == "each":
             into = tl.load(slots_ptr + b * slots_stride + 1 + j).to(tl.int64)
             row, keep_p = (into * H + head) * P + low, low + row_p < tl.where(into >= 0, rows, 0)
