@@ -5,9 +5,9 @@ Every case first checks the result it is about to time against plain PyTorch. Me
 calls; forward passes are replayed from a CUDA graph, so that the time is the GPU's and not Python's. A floor is the larger of the bytes that must
 move over the copy bandwidth and the operations over the rate of a large bf16 product, both measured at the start of the run.
 
-Run:   python experiments/bench_kernels.py                      # 8 min on one H200
+Run:   python experiments/bench_kernels.py                      # several minutes on one H200; with mamba_ssm its autotuning takes most
        python experiments/bench_kernels.py --only ssd           # the cases whose name holds "ssd"
-       python experiments/bench_kernels.py --no-compiled        # without torch.compile, which takes most of the time
+       python experiments/bench_kernels.py --no-compiled        # without torch.compile
 Peers: put mamba_ssm, fla-core or torchao on PYTHONPATH; a peer that is missing leaves its column empty.
 """
 from __future__ import annotations
