@@ -210,8 +210,8 @@ def unpack(packed: Tensor) -> Tensor:
 #     k0, k1 = low and high word of mix64(seed);   key = mix(mix(lo(i // 16) ^ k0) ^ hi(i // 16) ^ k1)        one key a block of 16 elements
 #     h = mix(key + (i % 16 // 2) * 0x9E3779B9);   u = (low half of h for an even i, high half for an odd i) / 2^16     i = element index + offset
 #     mix(x): x ^= x >> 16;  x *= 0x7FEB352D;  x ^= x >> 15;  x *= 0x846CA68B;  x ^= x >> 16                  (Wellons' lowbias32)
-# ours: 16 bits an element, so that one hash serves two: most of a rounding kernel's instructions are the hash's. Steps of 2^-16 are far below
-# what a mean over any real number of draws can tell.
+# ours: 16 bits an element, so that one hash serves two: on a GPU the hash is a large part of a rounding kernel's instructions. The price: a value is
+# rounded up with a probability that is up to 2^-16 too high.
 
 def int32(word: int) -> int:
     """The signed number with the same 32 bits: torch has few uint32 operations, and int32 wraps around alike."""

@@ -2,10 +2,10 @@
 bit for bit: same codes, same block scales, same second level.
 
 Idea: two passes. The first reads x for its largest magnitude (the second level needs it before the first code can be written), the second reads
-x again and writes everything: block maxima, scales, rounding and packing stay in registers. Memory is slow, so
-nothing else is read or written: no padded, transposed or Hadamard-transformed copy of x exists. A pair (rows for dgrad, columns for wgrad) takes
-one pass for both maxima and one for each copy: a single pass for both copies would save a read, but its threads would have to hold
-whole blocks of both directions, or pass values to each other.
+x again and writes everything: block maxima, scales, rounding and packing stay in registers. Memory is slow, so nothing else is read or
+written: no padded, transposed or Hadamard-transformed copy of x exists. A pair (rows for dgrad, columns for wgrad) takes one pass for both maxima and
+one for each copy: a single pass for both copies would save a read, but its threads would have to hold whole blocks of both directions, or pass values
+to each other.
 
     rows [r, d]: a program owns R x C values         columns [d, tokens]: the same kind of tile seen from the other side
                  C = q blocks of 16                              D features, F a thread
