@@ -176,7 +176,9 @@ def state_case(b: int, form: str, target: float | None) -> Case:
     fresh = lambda: mamba.quantize_state(first, form, seed=0) if form != "fp32" else first.clone()
     state, held = fresh(), first.to(torch.float32 if form == "fp32" else torch.float16)
     step = lambda state, impl="auto": mamba.ssd_step(x, dt, A, B, C, D, state, state_format=form, seed=1, impl=impl)[0]
-    peers, wide = {}, (dt[:, :, None].expand(-1, -1, p), A[:, None, None].expand(h, p, n), B, C, D[:, None].expand(h, p))
+    by_row = lambda z_h: z_h[..., None].expand(*z_h.shape, p)
+    # the peer takes everything at full width, and insists on a bias
+    peers, wide = {}, (by_row(dt), A[:, None, None].expand(h, p, n), B, C, by_row(D), None, by_row(torch.zeros_like(D)))
     if theirs and not form.startswith("int8"):
         peers["mamba_ssm" + ", plain cast" * (form != "fp32")] = lambda: theirs(held, x, *wide)
     moved = state.nbytes if isinstance(state, Tensor) else sum(part.nbytes for part in state)

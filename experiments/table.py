@@ -127,10 +127,8 @@ def table_speed(rows: list[dict]) -> str:
 
 
 def table_kernels(rows: list[dict]) -> str:
-    """Every case's newest row, in the order of the newest run; what misses its figure says so."""
-    cases = {}
-    for row in rows:
-        if row["stage"] == "bench_kernels": cases.pop(row["case"], None); cases[row["case"]] = row
+    """Every case's newest row; what misses its figure says so."""
+    cases = {row["case"]: row for row in rows if row["stage"] == "bench_kernels"}
     if not cases: return "Not measured yet."
     lines = []
     for case, row in cases.items():
