@@ -65,8 +65,7 @@ def find_twin(module: str, name: str, impl: str, x: Tensor) -> Callable | None:
     if impl == "torch" or (impl == "auto" and not (x.is_cuda and TWINS["auto"])): return None
     if not x.is_cuda and not os.environ.get("TRITON_INTERPRET"):
         raise ValueError("Triton kernels need a CUDA device: use impl='torch', or start Python with TRITON_INTERPRET=1 to interpret them on the CPU.")
-    try:
-        return getattr(importlib.import_module(f"kernels.{module}"), name)
+    try: return getattr(importlib.import_module(f"kernels.{module}"), name)
     except (ImportError, AttributeError) as error:
         if impl == "auto": return None
         raise ValueError(f"the Triton twin {name} of kernels/{module}.py cannot be imported ({error}): use impl='torch'.") from error
@@ -92,8 +91,7 @@ def best_ms(run: Callable, repeats: int = 3) -> tuple[float, object]:
 
 def writable_folder(path: Path) -> Path:
     """Create the folder, or say in one sentence why not: to be called before the work whose results go there."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
+    try: Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"the folder {path} cannot be created ({error.strerror}): choose another one.") from error
     if not os.access(path, os.W_OK): raise ValueError(f"the folder {path} cannot be written to: choose another one.")
@@ -104,14 +102,11 @@ def run_command(main: Callable, config_class: type, doc: str) -> None:
     """What `python NN_stage.py` does: flags from the dataclass, then main(config). A ValueError or OSError, which our functions raise for what a
     person can mend, becomes one sentence and exit code 1; TRACEBACK=1 in the environment shows where it came from."""
     import tyro
-
-    try:
-        main(tyro.cli(config_class, description=doc))
+    try: main(tyro.cli(config_class, description=doc))
     except (ValueError, OSError) as error:
         if os.environ.get("TRACEBACK"): raise
         sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"{Path(sys.argv[0]).stem}: stopped by Ctrl-C; files that were written are whole.")
+    except KeyboardInterrupt: sys.exit(f"{Path(sys.argv[0]).stem}: stopped by Ctrl-C; files that were written are whole.")
 
 
 def write_row(out: Path, stage: str, **values) -> None:
@@ -126,7 +121,6 @@ def write_row(out: Path, stage: str, **values) -> None:
 def new_figure(columns=1, rows=1, width=6.4, height=4.2):
     """(figure, axes) for a grid of plots, each about width × height inches; axes is one Axes, or an array of them."""
     from matplotlib.figure import Figure  # not pyplot: no global state, no window, nothing changed in a notebook
-
     fig = Figure(figsize=(width * columns, height * rows), dpi=110, layout="constrained")
     axes = fig.subplots(rows, columns)
     for ax in fig.axes:
@@ -164,6 +158,12 @@ def draw_seed_for(seed: int, step: int, micro: int = 0, layer: int = 0, operand:
     h = 0
     for word in (seed, step, micro, layer, operand): h = mix64(h ^ (word % 2**64))
     return h >> 1
+
+
+def pair_seeds(seed: int | Tensor) -> tuple:
+    """Two seeds from one, for both directions of a tensor, as signed 64-bit numbers. An int64 tensor [2] holds two already: a CUDA graph, which
+    repeats its kernels with the same arguments, finds new seeds in memory."""
+    return tuple(seed) if isinstance(seed, Tensor) else tuple((mix64(2 * seed + i) ^ 2**63) - 2**63 for i in (0, 1))
 
 
 # %% 2 · The E2M1 grid  [NVFP4, data format]
@@ -237,10 +237,10 @@ def split_key(seed: int) -> tuple[int, int]:
     return int32(key), int32(key >> 32)
 
 
-def uniform_draws(seed: int, start: int, count: int, device=None) -> Tensor:
+def uniform_draws(seed: int | Tensor, start: int, count: int, device=None) -> Tensor:
     """The draws of elements start .. start + count - 1 in [0, 1), 16 bits each; start and count are multiples of 16."""
     if start % 16 or count % 16: raise ValueError(f"draws come in blocks of 16: offset {start} and count {count} must be multiples of 16.")
-    k0, k1 = split_key(seed)
+    k0, k1 = split_key(int(seed))
     block = torch.arange(start // 16, (start + count) // 16, device=device)
     keys = mix32(mix32(block.to(torch.int32) ^ k0) ^ (block >> 32).to(torch.int32) ^ k1)
     h = mix32(keys[:, None] + PAIRS.to(keys.device))
@@ -431,8 +431,8 @@ def encode_rows(x_rk: Tensor, enc_gq: Tensor, height: int, width: int, seed: int
 
 
 def quantize(x: Tensor, block: tuple[int, int] = (1, 16), rounding: Literal["nearest", "stochastic"] = "nearest",
-             scale_rule: Literal["max", "four_over_six", "mse"] = "max", amax: Tensor | None = None, seed: int | None = None, offset: int = 0,
-             format: Literal["nvfp4", "mxfp4"] = "nvfp4", impl: str = "auto", name: str = "input") -> NVFP4Tensor:
+             scale_rule: Literal["max", "four_over_six", "mse"] = "max", amax: Tensor | None = None, seed: int | Tensor | None = None,
+             offset: int = 0, format: Literal["nvfp4", "mxfp4"] = "nvfp4", impl: str = "auto", name: str = "input") -> NVFP4Tensor:
     """Blocks of 16 along the last dimension, or 16×16 tiles over the last two; leading dimensions are free.
 
     amax: the tensor's largest magnitude when it is known or shared: a scalar; [e] for a stack [e, f, l], or [r] for rows, of which each then
@@ -586,7 +586,7 @@ def pad_tokens(x_rd: Tensor, offsets_e: Tensor | None, width: int) -> Tensor:
     return padded
 
 
-def quantize_rows(x_rd: Tensor, offsets_e: Tensor | None = None, rounding="nearest", seed: int | None = None, format="nvfp4",
+def quantize_rows(x_rd: Tensor, offsets_e: Tensor | None = None, rounding="nearest", seed: int | Tensor | None = None, format="nvfp4",
                   name="input", impl: str = "auto") -> NVFP4Tensor:
     """The operand whose contraction is its features: fprop's X, dgrad's dY."""
     if twin := find_twin("nvfp4", "quantize_rows", impl, x_rd): return twin(x_rd, offsets_e, rounding, seed, format)
@@ -594,8 +594,8 @@ def quantize_rows(x_rd: Tensor, offsets_e: Tensor | None = None, rounding="neare
     return quantize(x_rd, (1, 16), rounding, amax=amax, seed=seed, format=format, impl=impl, name=name)
 
 
-def quantize_columns(x_rd: Tensor, offsets_e: Tensor | None = None, rounding="nearest", seed: int | None = None, format="nvfp4", name="input",
-                     rht: bool = True, impl: str = "auto") -> NVFP4Tensor:
+def quantize_columns(x_rd: Tensor, offsets_e: Tensor | None = None, rounding="nearest", seed: int | Tensor | None = None, format="nvfp4",
+                     name="input", rht: bool = True, impl: str = "auto") -> NVFP4Tensor:
     """The operand whose contraction is the tokens, [d, padded tokens]: wgrad's X and dY. Experts end at padded_offsets(offsets_e)."""
     if twin := find_twin("nvfp4", "quantize_columns", impl, x_rd): return twin(x_rd, offsets_e, rounding, seed, format, rht)
     padded_rd = pad_tokens(x_rd.detach(), offsets_e, 16 if format == "nvfp4" else 32)
@@ -607,12 +607,12 @@ def quantize_columns(x_rd: Tensor, offsets_e: Tensor | None = None, rounding="ne
 
 
 def quantize_pair(x_rd: Tensor, offsets_e: Tensor | None = None, rounding: Literal["nearest", "stochastic"] = "nearest", rht: bool = True,
-                  seed: int | None = None, format: Literal["nvfp4", "mxfp4"] = "nvfp4", impl: str = "auto", name: str = "input"
+                  seed: int | Tensor | None = None, format: Literal["nvfp4", "mxfp4"] = "nvfp4", impl: str = "auto", name: str = "input"
                   ) -> tuple[NVFP4Tensor, NVFP4Tensor]:
-    """(rows, columns): both directions of one tensor from one read; the Hadamard transform touches the columns only. Two seeds are mixed from one,
-    because equal draws in both copies would make the errors of dX and dW go together."""
+    """(rows, columns): both directions of one tensor from one read; the Hadamard transform touches the columns only. Each gets a seed of its own
+    (pair_seeds), because equal draws in both copies would make the errors of dX and dW go together."""
     if twin := find_twin("nvfp4", "quantize_pair", impl, x_rd): return twin(x_rd, offsets_e, rounding, rht, seed, format)
-    seeds = (None, None) if seed is None else (mix64(2 * seed), mix64(2 * seed + 1))
+    seeds = (None, None) if seed is None else pair_seeds(seed)
     return (quantize_rows(x_rd, offsets_e, rounding, seeds[0], format, name, impl),
             quantize_columns(x_rd, offsets_e, rounding, seeds[1], format, name, rht, impl))
 
@@ -662,7 +662,7 @@ def output_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def nvfp4_linear(x_rd: Tensor, w: Tensor, recipe: NVFP4Recipe, offsets_e: Tensor | None = None, seed: int = 0) -> Tensor:
+def nvfp4_linear(x_rd: Tensor, w: Tensor, recipe: NVFP4Recipe, offsets_e: Tensor | None = None, seed: int | Tensor = 0) -> Tensor:
     """y = x wᵀ with forward and backward by the recipe. Plain: w [o, i]. Grouped: w [e, o, i], the rows of x sorted by expert, offsets_e their ends
     (an expert may be empty). `seed` is for the stochastic rounding of this call's backward."""
     if x_rd.shape[-1] != w.shape[-1] or x_rd.ndim != 2 or w.ndim != (2 if offsets_e is None else 3):
@@ -706,7 +706,7 @@ def mxfp8_round_trip(x: Tensor, name: str = "input") -> Tensor:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, and MXFP8 blocks hold 32 values along the last dimension: pad it to a multiple of 32.")
     blocks = x.detach().float().unflatten(-1, (x.shape[-1] // 32, 32))
     amax = blocks.abs().amax(-1, keepdim=True)
-    if not amax.isfinite().all():
+    if not amax.is_cuda and not amax.isfinite().all():      # a GPU is not made to wait for the answer: there a NaN goes on to the loss
         raise ValueError(f"{name} holds NaN or Inf and cannot be quantized: find the step that made it, or skip this batch.")
     scale = power_of_two_scale(amax, E4M3_MAX, round_up=True).float()
     return (e4m3(blocks / scale).float() * scale).flatten(-2)

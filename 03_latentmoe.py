@@ -144,11 +144,12 @@ def grouped_linear(x_qd: Tensor, w_end: Tensor, offsets_e: Tensor, recipe: nvfp4
 
 
 def experts_sorted(x_rl: Tensor, weights_rk: Tensor, experts_rk: Tensor, up_efl: Tensor, down_elf: Tensor,
-                   recipe: nvfp4.NVFP4Recipe | None = None, seed: int = 0) -> Tensor:
-    """Rung 2: the same sum, with one grouped product per projection.  seed: of the recipe's stochastic rounding."""
+                   recipe: nvfp4.NVFP4Recipe | None = None, seed: int | Tensor = 0) -> Tensor:
+    """Rung 2: the same sum, with one grouped product per projection.  seed: of the recipe's stochastic rounding, or int64 [2, 2] with both seeds of
+    both products."""
     (r, k), experts = experts_rk.shape, up_efl.shape[0]
     order_q, inverse_q, offsets_e = sort_by_expert(experts_rk, experts)
-    up_seed, down_seed = (0, 0) if recipe is None else (nvfp4.draw_seed_for(seed, 0, 0, 0, operand) for operand in (1, 2))
+    up_seed, down_seed = seed if isinstance(seed, Tensor) else (nvfp4.draw_seed_for(seed, 0, 0, 0, operand) for operand in (1, 2))
 
     # NOTE: copy, then permute: the gradient of a permutation is a permutation and that of the copies a sum over k, so nothing is added in
     # an order that depends on timing. x_rl[order_q // k] would scatter-add in its backward pass.

@@ -365,6 +365,7 @@ class Nemotron(nn.Module):
         """(hidden [b, t, d], one Balance per MoE layer)."""
         b, t = ids_bt.shape
         x_btd, balances = self.backbone.embeddings(ids_bt), []
+        x_btd = x_btd.to(nvfp4.output_dtype(x_btd))      # under autocast the residual stream is in 16 bits, as in Megatron
         doc_bs = doc_bt if cache is None else cache.extend(doc_bt, b, t, ids_bt.device)
         if cache is not None and doc_bs is None and t > 1 and cache.length > t: doc_bs = ids_bt.new_zeros(b, cache.length)
         mask = None if doc_bs is None else attention_mask(doc_bs, t)
@@ -375,7 +376,7 @@ class Nemotron(nn.Module):
 
     def run(self, block: Block, *args):
         """One block; with self.recompute its activations are dropped and computed again in the backward pass."""
-        if self.recompute and torch.is_grad_enabled(): return checkpoint(block, *args, use_reentrant=False)
+        if self.recompute and torch.is_grad_enabled(): return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
         return block(*args)
 
     def empty_cache(self, batch: int, capacity: int) -> Cache:
@@ -394,10 +395,15 @@ class Nemotron(nn.Module):
         """Once per optimizer step, with the loads of the whole global batch: b <- b + rate · sign(mean load - load)  [Megatron]."""
         for router, load_e in zip(self.routers(), load_me): moe.update_expert_bias(router.e_score_correction_bias, load_e, rate)
 
-    def set_draws(self, seed: int, step: int, micro: int) -> None:
-        """Gives every quantised layer its own stochastic-rounding stream for this micro-batch, so that resume and recomputation repeat it."""
-        quantised = [m for m in self.modules() if hasattr(m, "draw_seed")]
-        for layer, module in enumerate(quantised): module.draw_seed = nvfp4.draw_seed_for(seed, step, micro, layer, 0)
+    def draw_seeds(self, seed: int, step: int, micro: int = 0) -> Tensor:
+        """Seeds of one micro-batch's stochastic rounding, the same after a resume: int64 [quantised layers, 2 products, 2 directions]."""
+        layers = [[nvfp4.draw_seed_for(seed, step, micro, i, product) for product in range(2)] for i in range(len(self.quantised()))]
+        return torch.tensor([[nvfp4.pair_seeds(product) for product in layer] for layer in layers], dtype=torch.int64)
+
+    def set_draws(self, seeds_l22: Tensor) -> None:
+        for module, seeds in zip(self.quantised(), seeds_l22): module.draw_seed = seeds if isinstance(module, moe.Experts) else seeds[0]
+
+    def quantised(self) -> list[nn.Module]: return [m for m in self.modules() if hasattr(m, "draw_seed")]
 
 
 OUTPUTS = ("out_proj.weight", "o_proj.weight", "down_proj.weight", "down_proj", "fc2_latent_proj.weight")     # what writes to the residual stream
@@ -452,7 +458,7 @@ class MTP(nn.Module):
     def forward(self, embedding_btd: Tensor, hidden_btd: Tensor, doc_bt=None, mask=None, caches=None, run=lambda block, *args: block(*args)):
         """(h_k [b, t, d], Balance) from the embeddings of the tokens one step further and h_{k-1}."""
         first, last = self.layers[0], self.layers[-1]
-        x_btd, balance = first.eh_proj(torch.cat([first.enorm(embedding_btd), first.hnorm(hidden_btd)], -1)), None
+        x_btd, balance = first.eh_proj(torch.cat([first.enorm(embedding_btd.to(hidden_btd.dtype)), first.hnorm(hidden_btd)], -1)), None
         for i, block in enumerate(self.layers):
             x_btd, routed = run(block, x_btd, doc_bt, mask, caches[i] if caches else None)
             balance = routed if routed is not None else balance
@@ -687,11 +693,6 @@ def read_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
             raise ValueError(f"{file} is cut short or damaged ({error}): copy it again, or take an older checkpoint.") from error
 
 
-def _targets(model: Nemotron) -> dict[str, Tensor]:
-    """Released name -> the memory it belongs in (a view into the stack for an expert)."""
-    return {name: tensor for name, tensor in released_tensors(model)}
-
-
 def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Nemotron:
     """A Nemotron from a local directory in the released layout, sharded or not.  dtype: of the weights, None keeps the file's.
 
@@ -706,7 +707,7 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu", d
     if not any(name.startswith("mtp.") for name in shapes): config = replace(config, mtp_pattern="", mtp_depths=0)
     with torch.device("meta"): model = Nemotron(config)
 
-    expected = {name: tuple(t.shape) for name, t in _targets(model).items()}
+    expected = {name: tuple(t.shape) for name, t in released_tensors(model)}
     problems = [f"missing {name}: expected {list(shape)}" for name, shape in expected.items() if name not in shapes]
     problems += [f"unexpected {name}: found {list(shape)}" for name, (shape, _) in shapes.items() if name not in expected]
     problems += [f"wrong shape of {name}: expected {list(expected[name])}, found {list(shape)}" for name, (shape, _) in shapes.items()
@@ -718,7 +719,7 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu", d
     dtype = dtype or shapes["lm_head.weight"][1]
     model = model.to_empty(device=device)
     for name, p in [*model.named_parameters(), *model.named_buffers()]: p.data = p.data.to(torch.float32 if name.endswith(FP32) else dtype)
-    targets = _targets(model)
+    targets = dict(released_tensors(model))      # name -> the memory it belongs in, a view into the stack for an expert
     for name, tensor in read_tensors(directory): targets[name].copy_(tensor)
     return model
 
@@ -756,8 +757,7 @@ def sample(logits_bv: Tensor, temperature: float, top_p: float, u_b: Tensor) -> 
     p_bv, ids_bv = torch.softmax(logits_bv.double() / temperature, -1).sort(-1, descending=True)
     cumulative_bv = p_bv.cumsum(-1)
     kept_bv = cumulative_bv - p_bv < top_p          # the token that crosses top_p stays in
-    total_b = (p_bv * kept_bv).sum(-1)
-    pick_b = torch.searchsorted(cumulative_bv, (u_b * total_b)[:, None], right=True)[:, 0]
+    pick_b = torch.searchsorted(cumulative_bv, (u_b * (p_bv * kept_bv).sum(-1))[:, None], right=True)[:, 0]
     return ids_bv.gather(1, torch.minimum(pick_b, kept_bv.sum(-1) - 1)[:, None])[:, 0]
 
 

@@ -18,12 +18,13 @@ to each other.
     of 16, and the maximum is taken over 16 rows.
 
 At Ultra's shape, 16384 x 8192 in bf16: 268 MB for each read of x, 75 MB written per copy (67 of codes, 8 of scales). Rows: 612 MB; pair: 956 MB.
-Compiled for sm_90, a value takes about 5 instructions for its maximum (16 with the transform), 20 to round to nearest, 25 stochastically, and in
-a column 11 more. Four an SM and cycle can start, but shifts, logic and comparisons only two: the stochastic passes are bound by them, not by memory.
+Compiled for sm_90, a value takes about 5 instructions for its maximum (9 with the transform), 18 to round to nearest, 22 stochastically, and in
+a column 6 more. Four an SM and cycle can start, but shifts, logic and comparisons only two: the stochastic passes are bound by them, not by memory.
 
-Measured on an H200, 16384 x 8192: maximum 0.074 ms, rows given it 0.103, together 0.170 to 0.183; the pair with transform and draws 0.358, tiles of
-8192 x 8192 0.106. Tried: one kernel for both copies of the pair, 0.82 ms (122 instructions a value, registers spill) and, with code unrolled
-further, 1.6 (it no longer fits the instruction cache); codes gathered through shared memory before the store, 0.02 ms more for rows.
+Measured on an H200, 16384 x 8192: maximum 0.074 ms, rows given it 0.102, together 0.165; the pair with transform and draws 0.318 (maxima 0.074,
+columns 0.155, rows 0.119 with a launch of their own), tiles of 8192 x 8192 0.106. Tried: 12 instructions a value more, 0.358; one kernel for both
+copies of the pair, 0.82 (122 instructions a value, registers spill) and, with code unrolled further, 1.6 (it no longer fits the instruction cache);
+codes gathered through shared memory before the store, 0.02 ms more for rows.
 
 NOTE: which thread owns what is decided by the order of dimensions in the two loads, as Triton 3.6 hands out work: along the contiguous dimension
 first, then along the others from the left. Triton 3.9 goes from the right: there the results are the same, but values move through shared memory.
@@ -46,8 +47,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.draws import block_keys, draw16, split_key
+from kernels.draws import block_keys, key_words, split_key
 
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _NATIVE = None        # True: convert with Blackwell's cvt.e2m1x2; False: portable; None: ask the device
 
 
@@ -120,19 +122,20 @@ def _nearest(m):
 
 
 @triton.jit
-def _stochastic(m, draw, STOCHASTIC: tl.constexpr):
-    """The position of the magnitude, in the upper four bits of a word: up when draw / 2^16 is below the distance to the lower neighbour.
+def _stochastic(y, room, STOCHASTIC: tl.constexpr):
+    """Codes in the upper four bits of a word; room: 2^28 - 1 - draw * 2^12. Up when draw / 2^16 is below the distance to the lower neighbour.
 
     E2M1 is a tiny float, and an fp32 scaled by 2^-126 has the same shape: a grid of equal steps up to 1 (subnormal numbers), longer steps beyond.
     So the bits of the fp32 are the position and 22 bits of fraction, and adding a random number below one step rounds, whatever the magnitude.
     PITFALL: a value between two subnormal numbers must go to the upper one, or one just above a draw would look equal to it.
     """
-    m = tl.minimum(m, 6.0)
+    m = tl.minimum(tl.abs(y), 6.0)
     if STOCHASTIC == "ptx":
         tiny = tl.inline_asm_elementwise("mul.rp.f32 $0, $1, 0f00800000;", "=f,f", [m], dtype=tl.float32, is_pure=True, pack=1)
         bits = tiny.to(tl.int32, bitcast=True)
     else: bits = tl.where(m < 1, tl.ceil(m * 8388608.0).to(tl.int32), m.to(tl.int32, bitcast=True) - (126 << 23))
-    return bits * 64 + 0xFFFFFC0 - draw * 4096                             # one step is 2^28, a draw 2^12, "beyond the draw" at least 2^6
+    up = bits.to(tl.uint32, bitcast=True) * 64 + room                      # one step is 2^28, a draw 2^12, "beyond the draw" at least 2^6
+    return up | (y.to(tl.uint32, bitcast=True) & 0x80000000)
 
 
 @triton.jit
@@ -147,18 +150,40 @@ def _native_words(y, R: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
+def _rooms(x):
+    """2^28 - 1 - draw * 2^12 of two neighbours. Their draws are the lower and the upper half of h = mix32(x) (draws.py), written out here because
+    a complement is free in the last product: ~(y * 0x846CA68B) = y * (2^32 - 0x846CA68B) - 1."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    inverse = (x ^ (x >> 15)) * 0x7B935975 - 1
+    odd = (inverse >> 4) | 0xFFF                                           # h = product ^ (product >> 16): its upper half is the product's,
+    return odd ^ (((inverse << 12) ^ 0xFFFFFFFF) & 0xFFFF000), odd         # its lower half the xor of both
+
+
+@triton.jit
+def _gather(even, odd, R: tl.constexpr, C: tl.constexpr):
+    """The upper four bits of even and odd [R, C / 16, 8], in turn, eight to a word: [R, C / 16, 2].
+    From the last one on, each is shifted in below those before: (word << 4) | (code >> 28) is one instruction, a funnel shift."""
+    even_02, even_13 = tl.split(tl.reshape(even, [R, C // 16, 2, 2, 2]))
+    odd_02, odd_13 = tl.split(tl.reshape(odd, [R, C // 16, 2, 2, 2]))
+    c0, c4 = tl.split(even_02)
+    c1, c5 = tl.split(odd_02)
+    c2, c6 = tl.split(even_13)
+    c3, c7 = tl.split(odd_13)
+    word = c7 >> 28
+    for code in tl.static_range(7):
+        word = (word << 4) | ((c6, c5, c4, c3, c2, c1, c0)[code] >> 28)
+    return word.to(tl.int32, bitcast=True)
+
+
+@triton.jit
 def _words(y, block, k0, k1, R: tl.constexpr, C: tl.constexpr, STOCHASTIC: tl.constexpr, NATIVE: tl.constexpr):
     """Codes of y [R, C / 16, 16] on the grid's scale, eight to a word: [R, C / 16, 2]."""
     if NATIVE and STOCHASTIC == "":
         return _native_words(y, R, C)
     if STOCHASTIC != "":
-        lane = tl.arange(0, 16)[None, None, :]
-        up = _stochastic(tl.abs(y), draw16(block_keys(block, k0, k1)[:, :, None], lane), STOCHASTIC)
-        code = up.to(tl.uint32, bitcast=True) | (y.to(tl.uint32, bitcast=True) & 0x80000000)
-        # nibbles to bytes to words: what lies below a nibble is cut off where the next one is put
-        even, odd = tl.split(tl.reshape(code, [R, C // 16, 2, 4, 2]))
-        byte = (odd & 0xF0000000) | (even >> 4)
-        return tl.sum((byte >> 24) << (8 * tl.arange(0, 4)).to(tl.uint32)[None, None, None, :], axis=3).to(tl.int32, bitcast=True)
+        even, odd = tl.split(tl.reshape(y, [R, C // 16, 8, 2]))
+        room_even, room_odd = _rooms(block_keys(block, k0, k1)[:, :, None] + tl.arange(0, 8).to(tl.uint32)[None, None, :] * 0x9E3779B9)
+        return _gather(_stochastic(even, room_even, STOCHASTIC), _stochastic(odd, room_odd, STOCHASTIC), R, C)
     code = _nearest(tl.abs(y)) + (y.to(tl.uint32, bitcast=True) >> 31).to(tl.int32) * 8
     # what _nearest adds to the position, eight times, each four places further left, is 0x3F400000 modulo 2^32
     return tl.sum(tl.reshape(code, [R, C // 16, 2, 8]) << (4 * tl.arange(0, 8))[None, None, None, :], axis=3) - 0x3F400000
@@ -184,12 +209,38 @@ def _squared_error(x, scale, s_dec, R: tl.constexpr, C: tl.constexpr, H: tl.cons
 
 
 @triton.jit
-def _quantize_tile(x, amax, block, k0, k1, R: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
-                   STOCHASTIC: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, MX: tl.constexpr, NATIVE: tl.constexpr):
-    """fp32 x [R, C] -> (words [R, C / 16, 2], scale bytes [R / H, C / W], s_dec like amax). `block`: draw index of each 16 values, [R, C / 16]."""
-    # magnitudes compared as integers: the order is the same, and NaN comes out on top where a float maximum would drop it
-    bits = tl.max(tl.reshape(x.to(tl.uint32, bitcast=True) << 1, [R // H, H, C // W, W]), axis=3)
-    bits = (tl.max(bits, axis=1) >> 1).to(tl.int32)
+def _fp32(x):
+    """Exact. bf16 is the upper half of an fp32."""
+    if x.dtype == tl.bfloat16: return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _larger(a, b):
+    """The larger magnitude, or NaN if one is NaN, which a plain maximum would drop. On a GPU two bf16 at a time, as they lie in memory; then
+    with some sign: the variant of the instruction that takes magnitudes gives its result the signs' xor."""
+    if a.dtype == tl.bfloat16 and not _INTERPRETED:
+        return tl.inline_asm_elementwise("max.NaN.xorsign.abs.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.bfloat16, is_pure=True, pack=2)
+    else: return tl.maximum(tl.abs(_fp32(a)), tl.abs(_fp32(b)), propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _largest(x, A: tl.constexpr, B: tl.constexpr):
+    """Largest magnitude of each 16 of x [A, 16, B], as bits of an fp32 [A, B]."""
+    for step in tl.static_range(4):
+        if step == 3: x = _fp32(x)
+        a, b = tl.split(tl.permute(tl.reshape(x, [A, 2, 8 >> step, B]), [0, 2, 3, 1]))
+        x = _larger(a, b)
+    return tl.reshape(x, [A, B]).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _quantize_tile(x, bits, amax, block, k0, k1, R: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
+                   STOCHASTIC: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, MX: tl.constexpr, NATIVE: tl.constexpr,
+                   NO_MINUS_ZERO: tl.constexpr = False):
+    """fp32 x [R, C], bits of its largest magnitudes [R, C / 16] -> (words [R, C / 16, 2], scale bytes [R / H, C / W], s_dec like amax).
+    `block`: draw index of each 16 values, [R, C / 16]."""
+    if H * W > 16: bits = tl.max(tl.max(tl.reshape(bits, [R // H, H, C // W, W // 16]), axis=3), axis=1)
     finite = bits < 0x7F800000
     x = tl.reshape(x, [R, C // 16, 16])
     if MX:
@@ -207,7 +258,9 @@ def _quantize_tile(x, amax, block, k0, k1, R: tl.constexpr, C: tl.constexpr, H: 
         enc = tl.where(scale > 0, _encode_scale(scale, s_dec), 0.0)
         byte = tl.where(finite, _e4m3_byte(scale), 0x7F)
     enc = _spread(enc, R, C, H, W)[:, :, None]
-    words = _words(x * enc, block, k0, k1, R, C, STOCHASTIC, NATIVE)
+    # PITFALL: -0 survives the Hadamard transform's rounds, where a sum that starts from 0 has no -0; adding 0 in the same instruction removes it
+    y = tl.fma(x, tl.broadcast_to(enc, x.shape), tl.zeros_like(x)) if NO_MINUS_ZERO else x * enc
+    words = _words(y, block, k0, k1, R, C, STOCHASTIC, NATIVE)
     return tl.where(enc != 0, words, 0), byte, s_dec
 
 
@@ -233,7 +286,7 @@ def _amax_kernel(x_ptr, amax_ptr, group_ptr, rows, columns, stride_e, stride_r, 
 
 
 @triton.jit(do_not_specialize=["k0", "k1", "first_block"])
-def _quantize_kernel(x_ptr, amax_ptr, codes_ptr, scale_ptr, global_ptr, k0, k1, first_block, rows, columns, stride_e, stride_r,
+def _quantize_kernel(x_ptr, amax_ptr, codes_ptr, scale_ptr, global_ptr, seed_ptr, k0, k1, first_block, rows, columns, stride_e, stride_r,
                      amax_e, amax_g, amax_q, R: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, BY_ROW: tl.constexpr,
                      BY_BLOCK: tl.constexpr, STOCHASTIC: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, MX: tl.constexpr, NATIVE: tl.constexpr,
                      BACKWARDS: tl.constexpr):
@@ -246,7 +299,8 @@ def _quantize_kernel(x_ptr, amax_ptr, codes_ptr, scale_ptr, global_ptr, k0, k1, 
     start, within = tile_c * C + 16 * tl.arange(0, C // 16), 8 * tl.arange(0, 2)[:, None] + tl.arange(0, 8)[None, :]
     at = start[:, None, None, None] + within[None, None, :, :]
     x = tl.load(x_ptr + e * stride_e + row[None, :, None, None] * stride_r + at, mask=(row < rows)[None, :, None, None] & (at < columns), other=0)
-    x = tl.reshape(tl.permute(x, [1, 0, 2, 3]), [R, C]).to(tl.float32)
+    x = tl.reshape(tl.permute(x, [1, 0, 2, 3]), [R, C])
+    bits = tl.reshape(_largest(tl.reshape(x, [R * C // 16, 16, 1]), R * C // 16, 1), [R, C // 16])
 
     g, q = tile_r * (R // H) + tl.arange(0, R // H), tile_c * (C // W) + tl.arange(0, C // W)
     if BY_ROW or BY_BLOCK:
@@ -260,7 +314,8 @@ def _quantize_kernel(x_ptr, amax_ptr, codes_ptr, scale_ptr, global_ptr, k0, k1, 
     row += e * rows                                                       # from here on a row of the whole stack
     half = tile_c * (C // 16) + tl.arange(0, C // 16)                     # index of 16 values in their row
     block = row[:, None] * (columns // 16) + half[None, :]
-    words, byte, s_dec = _quantize_tile(x, amax, block + first_block, k0, k1, R, C, H, W, STOCHASTIC, FOUR_OVER_SIX, MX, NATIVE)
+    if STOCHASTIC != "": k0, k1 = key_words(seed_ptr, k0, k1)
+    words, byte, s_dec = _quantize_tile(_fp32(x), bits, amax, block + first_block, k0, k1, R, C, H, W, STOCHASTIC, FOUR_OVER_SIX, MX, NATIVE)
 
     kept = (row < (e + 1) * rows)[:, None] & (half < columns // 16)[None, :]
     # every thread stores the two words it has; left alone, Triton first gathers four in a thread, through shared memory
@@ -275,8 +330,8 @@ def _quantize_kernel(x_ptr, amax_ptr, codes_ptr, scale_ptr, global_ptr, k0, k1, 
 
 
 @triton.jit
-def _load_tokens(x_ptr, source_ptr, count_ptr, tile_t, tile_d, rows, columns, tokens, stride_r, T: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
-                 W: tl.constexpr, GROUPED: tl.constexpr):
+def _load_tokens(x_ptr, source_ptr, count_ptr, tile_t, tile_d, rows, columns, tokens, stride_r: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+                 F: tl.constexpr, W: tl.constexpr, GROUPED: tl.constexpr):
     """x [T, D] of a tile of the padded tokens. The order of dimensions gives a thread all 16 tokens of a block, of F features."""
     column, i = tile_d * D + tl.arange(0, D)[None, None, :], tl.arange(0, 16)[None, :, None]
     first = tile_t * T + 16 * tl.arange(0, T // 16)[:, None, None]                # token that 16 of them begin with
@@ -284,49 +339,55 @@ def _load_tokens(x_ptr, source_ptr, count_ptr, tile_t, tile_d, rows, columns, to
         row = tl.load(source_ptr + first // W, mask=first < tokens, other=0) + first % W
         valid = first % W + i < tl.load(count_ptr + first // W, mask=first < tokens, other=0)
     else: row, valid = first, first + i < rows
-    # one 64-bit product for 16 addresses. Left alone, Triton would give a thread 8 neighbouring features, and then not more than 2 tokens
-    at = tl.max_contiguous((x_ptr + row.to(tl.int64) * stride_r) + (i * stride_r + column), [1, 1, F])
-    x = tl.reshape(tl.load(at, mask=valid & (column < columns), other=0), [T, D])
-    return x.to(tl.float32) if x.dtype == tl.float64 else x
+    # one address for 16 loads: the multiples of stride_r are part of their instructions, as it is a constexpr (a width of x compiles once more).
+    # Left alone, Triton would give a thread 8 neighbouring features, and then not more than 2 tokens
+    at = tl.max_contiguous((x_ptr + (row.to(tl.int64) * stride_r + column)) + i * stride_r, [1, 1, F])
+    return tl.reshape(tl.load(at, mask=valid & (column < columns), other=0), [T, D])
 
 
 @triton.jit
 def _from_the_side(x, T: tl.constexpr, D: tl.constexpr, SIGNS: tl.constexpr, RHT: tl.constexpr):
-    """x [T, D] -> fp32 [D, T], each 16 tokens times H when RHT. SIGNS: bit i is set where row i of H is negated.
-    Sylvester's matrix is four rounds of sums and differences of tokens 8, 4, 2 and 1 apart."""
-    x = x.to(tl.float32)
-    if RHT:
-        # PITFALL: -0 would survive the rounds below, where a sum that starts from 0 has no -0; adding 0 in the same instruction removes it
-        x = tl.fma(x, tl.broadcast_to(tl.where((SIGNS >> (tl.arange(0, T) % 16)) & 1 == 1, -0.25, 0.25)[:, None], [T, D]), tl.zeros_like(x))
-        for step in tl.static_range(4):
-            x = tl.permute(tl.reshape(x, [T >> (4 - step), 2, 8 >> step, D]), [0, 2, 3, 1])
-            a, b = tl.split(x)
-            x = tl.reshape(tl.permute(tl.join(a + b, a - b), [0, 3, 1, 2]), [T, D])
-    return tl.trans(x)
+    """x [T, D] -> (fp32 [D, T], each 16 tokens times H when RHT; bits of the largest magnitude of each 16, [D, T / 16]).
+    SIGNS: bit i is set where row i of H is negated. Sylvester's matrix is four rounds of sums and differences of tokens 8, 4, 2 and 1 apart."""
+    if not RHT:
+        return tl.trans(_fp32(x)), tl.trans(_largest(tl.reshape(x, [T // 16, 16, D]), T // 16, D))
+    # signs cost nothing: a sum takes its operands with either. NOTE: -x would cost a sum, which is how Triton writes it: 0 - x
+    x = _fp32(x) * tl.where((SIGNS >> (tl.arange(0, T) % 16)) & 1 == 1, -1.0, 1.0)[:, None]
+    for step in tl.static_range(4):
+        a, b = tl.split(tl.permute(tl.reshape(x, [T >> (4 - step), 2, 8 >> step, D]), [0, 2, 3, 1]))
+        if step == 3:       # the larger of |a + b| and |a - b|, rounded alike
+            largest = tl.reshape(tl.abs(a) + tl.abs(b), [T // 16, 8, D]).to(tl.int32, bitcast=True)
+        if step == 0:       # times 1/4, exactly: half of the products are part of a sum
+            b *= 0.25
+            quarter = tl.full(a.shape, 0.25, tl.float32)
+            plus, minus = tl.fma(a, quarter, b), tl.fma(a, quarter, b * -1.0)
+        else: plus, minus = a + b, a - b
+        x = tl.reshape(tl.permute(tl.join(plus, minus), [0, 3, 1, 2]), [T, D])
+    return tl.trans(x), tl.trans(tl.max(largest, axis=1))
 
 
 @triton.jit
-def _amax_pair_kernel(x_ptr, amax_ptr, source_ptr, count_ptr, group_ptr, rows, columns, tokens, stride_r, groups, T: tl.constexpr, D: tl.constexpr,
-                      F: tl.constexpr, W: tl.constexpr, SIGNS: tl.constexpr, RHT: tl.constexpr, ROWS: tl.constexpr, GROUPED: tl.constexpr):
+def _amax_pair_kernel(x_ptr, amax_ptr, source_ptr, count_ptr, group_ptr, rows, columns, tokens, stride_r: tl.constexpr, groups,
+                      T: tl.constexpr, D: tl.constexpr, F: tl.constexpr, W: tl.constexpr, SIGNS: tl.constexpr, RHT: tl.constexpr,
+                      ROWS: tl.constexpr, GROUPED: tl.constexpr):
     """amax_ptr [2, groups]: of x, and of its transform; one read for both."""
     tile_d, tile_t = tl.program_id(0), tl.program_id(1)
-    x = _load_tokens(x_ptr, source_ptr, count_ptr, tile_t, tile_d, rows, columns, tokens, stride_r, T, D, F, W, GROUPED).to(tl.float32)
-    y = tl.max(tl.reshape(_from_the_side(x, T, D, SIGNS, RHT).to(tl.uint32, bitcast=True) << 1, [D, T // W, W]), axis=2)
-    x = tl.max(tl.reshape(x.to(tl.uint32, bitcast=True) << 1, [T // W, W, D]), axis=1)
+    x = _load_tokens(x_ptr, source_ptr, count_ptr, tile_t, tile_d, rows, columns, tokens, stride_r, T, D, F, W, GROUPED)
+    y, x = _from_the_side(x, T, D, SIGNS, RHT)[1], _largest(tl.reshape(x, [T // 16, 16, D]), T // 16, D)       # W is 16: MXFP4 needs no maximum
     if GROUPED:
         q = tile_t * (T // W) + tl.arange(0, T // W)
         group = tl.load(group_ptr + q, mask=q < tokens // W, other=groups - 1)
-        if ROWS: tl.atomic_max(amax_ptr + group, (tl.max(x, axis=1) >> 1).to(tl.int32), sem="relaxed")
-        tl.atomic_max(amax_ptr + groups + group, (tl.max(y, axis=0) >> 1).to(tl.int32), sem="relaxed")
+        if ROWS: tl.atomic_max(amax_ptr + group, tl.max(x, axis=1), sem="relaxed")
+        tl.atomic_max(amax_ptr + groups + group, tl.max(y, axis=0), sem="relaxed")
     else:
-        if ROWS: _raise(amax_ptr, (tl.max(tl.max(x, axis=1), axis=0) >> 1).to(tl.int32))
-        _raise(amax_ptr + groups, (tl.max(tl.max(y, axis=1), axis=0) >> 1).to(tl.int32))
+        if ROWS: _raise(amax_ptr, tl.max(tl.max(x, axis=1), axis=0))
+        _raise(amax_ptr + groups, tl.max(tl.max(y, axis=1), axis=0))
 
 
 @triton.jit(do_not_specialize=["k0", "k1"])
-def _columns_kernel(x_ptr, amax_ptr, source_ptr, count_ptr, group_ptr, length_ptr, codes_ptr, scale_ptr, global_ptr, k0, k1, rows, columns, tokens,
-                    stride_r, groups, T: tl.constexpr, D: tl.constexpr, F: tl.constexpr, W: tl.constexpr, SIGNS: tl.constexpr, RHT: tl.constexpr,
-                    GROUPED: tl.constexpr, STOCHASTIC: tl.constexpr, MX: tl.constexpr, NATIVE: tl.constexpr):
+def _columns_kernel(x_ptr, amax_ptr, source_ptr, count_ptr, group_ptr, length_ptr, codes_ptr, scale_ptr, global_ptr, seed_ptr, k0, k1, rows, columns,
+                    tokens, stride_r: tl.constexpr, groups, T: tl.constexpr, D: tl.constexpr, F: tl.constexpr, W: tl.constexpr, SIGNS: tl.constexpr,
+                    RHT: tl.constexpr, GROUPED: tl.constexpr, STOCHASTIC: tl.constexpr, MX: tl.constexpr, NATIVE: tl.constexpr):
     """D rows of T / 16 blocks. tokens: what a row of the result holds; length_ptr: how many of them stage 01 would have, which numbers its draws."""
     tile_d, tile_t = tl.num_programs(0) - 1 - tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
     x = _load_tokens(x_ptr, source_ptr, count_ptr, tile_t, tile_d, rows, columns, tokens, stride_r, T, D, F, W, GROUPED)
@@ -338,7 +399,9 @@ def _columns_kernel(x_ptr, amax_ptr, source_ptr, count_ptr, group_ptr, length_pt
     d = (tile_d * D + tl.arange(0, D)).to(tl.int64)
     half, word = tile_t * (T // 16) + tl.arange(0, T // 16), tile_t * (T // 8) + tl.arange(0, T // 8)
     block = d[:, None] * (length // 16) + half[None, :]
-    words, byte, s_dec = _quantize_tile(_from_the_side(x, T, D, SIGNS, RHT), amax, block, k0, k1, D, T, 1, W, STOCHASTIC, False, MX, NATIVE)
+    x, bits = _from_the_side(x, T, D, SIGNS, RHT)
+    if STOCHASTIC != "": k0, k1 = key_words(seed_ptr, k0, k1)
+    words, byte, s_dec = _quantize_tile(x, bits, amax, block, k0, k1, D, T, 1, W, STOCHASTIC, False, MX, NATIVE, RHT)
     tl.store(codes_ptr + d[:, None] * (tokens // 8) + word[None, :], tl.reshape(words, [D, T // 8]),
              mask=(d < columns)[:, None] & (word < tokens // 8)[None, :])
     tl.store(scale_ptr + d[:, None] * (tokens // W) + q[None, :], byte.to(tl.uint8), mask=(d < columns)[:, None] & (q < tokens // W)[None, :])
@@ -396,8 +459,8 @@ def _stack(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _keys(rounding: str, seed: int | None) -> tuple[int, int]:
-    return split_key(seed) if rounding == "stochastic" else (0, 0)
+def _key(rounding: str, seed: int | torch.Tensor | None) -> tuple:
+    return split_key(seed if rounding == "stochastic" else None)
 
 
 def _mode(rounding: str) -> str:
@@ -471,7 +534,7 @@ def quantize(x, block=(1, 16), rounding="nearest", scale_rule="max", amax=None, 
     s_dec, tile = amax if mx else torch.empty_like(amax_egq), _tiles("quantize" + ", stochastic" * (rounding == "stochastic"), columns, height)
     if x.numel():
         _quantize_kernel[triton.cdiv(rows, tile["R"]), triton.cdiv(columns, tile["C"]), e](
-            x_erk, amax_egq, codes.view(torch.int32), scale, s_dec, *_keys(rounding, seed), offset // 16, rows, columns, x_erk.stride(0),
+            x_erk, amax_egq, codes.view(torch.int32), scale, s_dec, *_key(rounding, seed), offset // 16, rows, columns, x_erk.stride(0),
             x_erk.stride(1), *strides, H=height, W=width, BY_ROW=strides[1] != 0, BY_BLOCK=strides[2] != 0,
             STOCHASTIC=_mode(rounding), FOUR_OVER_SIX=scale_rule == "four_over_six", MX=mx, NATIVE=_native(x), BACKWARDS=measured,
             enable_fp_fusion=False, **tile)
@@ -527,7 +590,7 @@ def _columns(x_rd, offsets_e, rounding, rht, seed, format, with_rows):
                 x, amax.view(torch.int32), source_q, count_q, group_q, rows, columns, tokens, x.stride(0), groups, ROWS=with_rows, **shared, **tile)
         tile = _tiles("columns", columns)
         _columns_kernel[triton.cdiv(columns, tile["D"]), triton.cdiv(tokens, tile["T"])](
-            x, amax, source_q, count_q, group_q, length, codes.view(torch.int32), scale, s_dec, *_keys(rounding, seed), rows, columns, tokens,
+            x, amax, source_q, count_q, group_q, length, codes.view(torch.int32), scale, s_dec, *_key(rounding, seed), rows, columns, tokens,
             x.stride(0), groups, STOCHASTIC=_mode(rounding), MX=mx, NATIVE=_native(x), enable_fp_fusion=False, **shared, **tile)
     return amax[0], stage.NVFP4Tensor(codes, scale.view(_scale_dtype(format)), s_dec, (1, width))
 
@@ -539,8 +602,7 @@ def quantize_columns(x_rd, offsets_e=None, rounding="nearest", seed=None, format
 
 def quantize_pair(x_rd, offsets_e=None, rounding="nearest", rht=True, seed=None, format="nvfp4"):
     """Twin of stage 01's quantize_pair: x is read once for both maxima and once for each copy."""
-    mix64 = _stage().mix64
-    seeds = (None, None) if seed is None else (mix64(2 * seed), mix64(2 * seed + 1))
+    seeds = (None, None) if seed is None else _stage().pair_seeds(seed)
     amax_e, columns = _columns(x_rd, offsets_e, rounding, rht, seeds[1], format, with_rows=True)
     amax = amax_e[0] if offsets_e is None else amax_e[_stage().expert_of_rows(offsets_e, x_rd.shape[0])]
     return quantize(x_rd, (1, 16), rounding, amax=amax, seed=seeds[0], format=format), columns

@@ -203,6 +203,24 @@ def test_pairs_are_bit_equal_where_sums_are_exact(case, rht):
     assert_pair(x, offsets_of(case), rht=rht, rounding="stochastic", seed=5)
 
 
+def edges_of_the_transform():
+    """Blocks of 16 tokens by 32 features whose sums of 16 are exact: powers of two and zeros, of either sign."""
+    signs = torch.where(randn(16, 32).cpu() < 0, -1.0, 1.0)
+    zeros = (-0.0 * nvfp4.HADAMARD_SIGNS)[:, None].repeat(1, 32)          # -0 once they have the transform's signs: so is their sum
+    half, one = zeros.clone(), zeros.clone()
+    half[1::2], one[3, ::3] = signs[1::2], -2                             # the last round takes odd tokens that cancel from even ones
+    return {"zeros of either sign": torch.cat((half, one, signs, zeros)), "huge": 2.0**125 * signs, "subnormal": 2.0**-133 * torch.cat((signs, half))}
+
+
+@pytest.mark.parametrize("rht", [True, False])
+@pytest.mark.parametrize("case", edges_of_the_transform())
+def test_pairs_are_bit_equal_at_the_edges_of_the_transform(case, rht):
+    """-0 that differences leave and sums from 0 do not; sums that overflow unless the factor 1/4 comes first; numbers that it makes subnormal."""
+    x = edges_of_the_transform()[case].bfloat16().to(DEVICE)
+    assert_pair(x, None, rht=rht)
+    assert_pair(x, torch.tensor([5, len(x)], device=DEVICE), rht=rht, rounding="stochastic", seed=5)
+
+
 @pytest.mark.parametrize("case", ["plain", "grouped"])
 def test_pairs_in_mxfp4_have_blocks_of_32_tokens(case):
     x = (4 * randn(50, 64)).round().div(8)
@@ -287,10 +305,11 @@ def test_draws_go_on_beyond_32_bits():
 
 # what is not a number, and what is not allowed
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_nan_and_inf_reach_everything_that_is_computed_from_them(bad):
+def test_nan_and_inf_reach_everything_that_is_computed_from_them(bad, dtype):
     """Stage 01 raises; the twin must not wait for the GPU, so the global scale says NaN. With a given amax, the block's scale does."""
-    x = randn(32, 64)
+    x = randn(32, 64, dtype=DTYPES[dtype])
     x[5, 20] = bad
     for q in (kernel.quantize(x), kernel.quantize(x, (16, 16)), *kernel.quantize_pair(x), *kernel.quantize_pair(x, rht=False)):
         assert q.global_scale.isnan().all() and kernel.dequantize(q).isnan().all()
@@ -347,3 +366,15 @@ def launches(device, arch):
         kernel.transpose_codes(tiles.codes)
     finally:
         kernel._NATIVE = before
+
+
+def test_a_seed_in_memory_draws_what_its_number_draws():
+    """A CUDA graph finds the next step's seed there; hashed on the device, it must be the host's mix64, for both directions of a pair and experts."""
+    x = randn(48, 64, seed=3).to(DEVICE)
+    offsets = torch.tensor([7, 7, 48], dtype=torch.int32, device=DEVICE)
+    for seed in (0, 7, 2**62 + 11, 123456789123):
+        for groups in (None, offsets):
+            ours = nvfp4.quantize_pair(x, groups, "stochastic", seed=torch.tensor(nvfp4.pair_seeds(seed), device=DEVICE), impl="triton")
+            for a, b in zip(ours, nvfp4.quantize_pair(x, groups, "stochastic", seed=seed, impl="triton")): assert torch.equal(a.codes, b.codes)
+    other = nvfp4.quantize_pair(x, None, "stochastic", seed=torch.tensor(nvfp4.pair_seeds(1), device=DEVICE), impl="triton")
+    assert not torch.equal(other[0].codes, nvfp4.quantize_pair(x, None, "stochastic", seed=0, impl="triton")[0].codes)

@@ -36,7 +36,14 @@ def clone(state): return mamba.QuantizedState(*(z.clone() for z in state)) if is
 
 
 def assert_same(a, b):
-    for ours, theirs in zip(mamba.parts(a), mamba.parts(b)): assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    """Bit for bit: 0 and -0 are equal numbers, and other codes."""
+    for ours, theirs in zip(mamba.parts(a), mamba.parts(b)):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs) and torch.equal(ours.signbit(), theirs.signbit())
+
+
+def several_heads(monkeypatch, **changed):
+    tiles = twin._tiles
+    monkeypatch.setattr(twin, "_tiles", lambda *shape: {**tiles(*shape), **changed})
 
 
 def ids(*values): return torch.tensor(values, device=DEVICE)
@@ -136,6 +143,21 @@ def test_a_replay_of_the_accepted_tokens_is_their_snapshot():
         assert torch.equal(flushed[slots[:, 0]], each[slots[:, a]]) and torch.equal(padded, flushed)
 
 
+@pytest.mark.parametrize("write", ["last", "each", "none"])
+@pytest.mark.parametrize("state_format", ["fp32", "fp16_sr", "int8_sr"])
+def test_heads_may_share_a_program(monkeypatch, state_format, write):
+    """A program that takes two heads, in blocks of four of their five rows, gives what two programs give: a head's pointers, decay, scale, skip or
+    draws that stay those of the first would show. Four are asked for, but a group has two. NaN in a slot that no row reads stays."""
+    arguments, memory, doc_b = inputs(2, 2), pool(7, state_format), ids(4, -1)
+    mamba.parts(memory)[-1][6] = 99 if mamba.parts(memory)[-1].dtype == torch.int8 else math.nan
+    slots = ids([5, 0, 3], [4, 2, -1]) if write == "each" else ids(5, 4)
+    y, alone = twin.ssd_step(*arguments, clone(memory), doc_b, slots, write, state_format, 5)
+    several_heads(monkeypatch, HEADS=4, BLOCK_P=4)
+    y_shared, shared = twin.ssd_step(*arguments, clone(memory), doc_b, slots, write, state_format, 5)
+    assert torch.allclose(y, y_shared, rtol=1e-5, atol=1e-5) and (y[0] != 0).any()        # another tile may sum y in another order
+    for z, same in zip(mamba.parts(shared), mamba.parts(alone)): assert torch.equal(z.nan_to_num(7), same.nan_to_num(7))
+
+
 # --- formats
 
 @pytest.mark.parametrize("sizes", [dict(h=2, p=5, g=1, n=24), dict(h=2, p=3, g=1, n=7), dict(h=2, p=2, g=1, n=64)], ids=["n 24", "n 7", "n 64"])
@@ -166,6 +188,38 @@ def test_quantize_state_has_the_definitions_codes(state_format, offset):
         assert_same(twin.quantize_state(x.transpose(0, 1), state_format, 3, offset),
                     mamba.quantize_state(x.transpose(0, 1), state_format, 3, offset, impl="torch"))
     assert mamba.parts(twin.quantize_state(x[:0], state_format, 3))[0].shape == (0, 2, 7)
+
+
+@pytest.mark.parametrize("state_format", ["fp16", "fp16_sr"])
+def test_every_kind_of_number_gets_the_definitions_fp16(state_format):
+    """Any bits of an fp32, Inf and -0 too; and where rounding could go wrong: beside and between fp16's subnormal numbers, halfway between the
+    smallest numbers that can matter (2^-37), just below 2^-14 and 65504. What is rounded to 0 stochastically is +0."""
+    bits = torch.randint(-2**31, 2**31, (256, 16), generator=torch.Generator().manual_seed(5)).to(torch.int32).view(torch.float32)
+    tiny = (torch.arange(-96, 96).double() / 4 * 2.0**-37 + 2.0**-14 * torch.tensor([[0], [1 / 1024], [0.5], [1], [2]])).float()
+    large = torch.tensor([65503.99, 65504, 65519.9, 65520, 65536, 1e38, 3.4028234663852886e38, math.inf, 0, 2.0**-149, 2.0**-126, 2.0**-38, 2.0**-37,
+                          1, 3 * 2.0**-38, 2.0**-25])
+    for x in (bits[~bits.isnan()], tiny.flatten(), large.repeat(16)):
+        for sign in (1, -1):
+            row = (sign * x[:len(x) // 16 * 16]).view(1, -1, 16).to(DEVICE)
+            assert_same(twin.quantize_state(row, state_format, 3), mamba.quantize_state(row, state_format, 3, impl="torch"))
+
+
+@pytest.mark.parametrize("state_format", ["int8", "int8_sr"])
+def test_any_scale_is_divided_exactly(state_format):
+    """The scale is amax / 127 and the codes use 127 / amax, each rounded once."""
+    x = randn(512, 16, seed=6) * 2.0 ** torch.randint(-90, 100, (512, 1), generator=torch.Generator().manual_seed(7)).to(DEVICE)
+    amax = x.abs().amax(1)
+    x[:, 3], x[:, 8], x[:, 13] = -amax, amax, amax * torch.nextafter(torch.ones_like(amax), 0 * amax)
+    x[:, 4:8] = amax[:, None] / 127 * torch.tensor([1, -1, 64, -126.5], device=DEVICE)
+    assert_same(twin.quantize_state(x, state_format, 3), mamba.quantize_state(x, state_format, 3, impl="torch"))
+
+
+def test_no_code_is_below_minus_127():
+    """This number times 127 / itself is 127.0000076: with a draw of 0, one in 65536, its floor would be -128."""
+    x = torch.full((4096, 64), -1.0014472007751465, device=DEVICE)
+    q = twin.quantize_state(x, "int8_sr", 3)
+    assert q.codes.min() == -127
+    assert_same(q, mamba.quantize_state(x, "int8_sr", 3, impl="torch"))
 
 
 @pytest.mark.parametrize("state_format", ["fp16", "fp16_sr"])
