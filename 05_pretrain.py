@@ -1,14 +1,15 @@
 """05 · Pretraining: from text to a trained model, resumable to the bit.
 
-Left out:  several devices, checkpoint merging, the long-context phase; data quality filters (the built-in text is clean by construction).
+Left out:  several devices, the long-context phase; data quality filters (the built-in text is clean by construction).
 Sources:   [Ultra] Nemotron 3 Ultra report, arXiv 2606.15007 · [NVFP4] Pretraining LLMs with NVFP4, arXiv 2509.25149
+           [WSM] Decay-free learning rates by checkpoint merging, arXiv 2507.17634
            [Megatron] Megatron-LM, the code that trained it · [Tekken] the tokenizer of Mistral NeMo, whose vocabulary Nemotron 3 uses
 Run:       python 05_pretrain.py                     # minutes on 2 CPU cores: corpus, tokenizer, training, fp32 and NVFP4 branches, text
            python 05_pretrain.py --resume            # goes on after Ctrl-C or a crash, with the losses it would have had
            python 05_pretrain.py --data my/*.txt --out out/mine --branches    # your own text, no branches
            python 05_pretrain.py --branch-from out/pretrain/step-000410 --precision nvfp4 --branch-steps 40
 Contents:  1 config   2 tokenizer   3 token shards   4 packed batches and blend   5 schedule and optimizer   6 checkpoints
-           7 trainer   8 bits per byte   9 branches   10 figures and text   11 command
+           7 merging checkpoints   8 health   9 trainer   10 bits per byte   11 branches   12 figures and text   13 command
 Letters:   b batch  t time  v vocabulary  m MoE layer  e experts
 """
 from __future__ import annotations
@@ -27,10 +28,9 @@ import tempfile
 import threading
 import time
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -40,6 +40,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import corpus
+from data.shards import Shard, Stream
 
 nvfp4, moe, nemotron = (importlib.import_module(name) for name in ("01_nvfp4", "03_latentmoe", "04_model"))
 
@@ -48,6 +49,7 @@ nvfp4, moe, nemotron = (importlib.import_module(name) for name in ("01_nvfp4", "
 
 Preset = Literal["tiny", "small", "nano", "super", "ultra"]
 Precision = Literal["fp32", "bf16", "nvfp4"]
+OnSpike = Literal["ignore", "stop", "rollback"]
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,13 @@ class PretrainConfig:
     bias_rate: float = 1e-3          # step of the experts' selection bias [NVIDIA's recipe]
     precision: Precision = "fp32"    # nvfp4 stands on bf16 on a GPU and on fp32 on a CPU; Ultra: nvfp4
     device: Literal["cpu", "cuda", "mps"] = "cpu"
+    record: bool = True              # on a GPU: record the kernels of a step once and replay them, same numbers, no waiting for Python
     recompute: bool = False          # drop activations and compute them again in the backward pass: less memory, same numbers
     seed: int = 0
     save_every: int = 100            # steps between checkpoints
     keep: int = 2                    # checkpoints kept (the one that branches start from is kept too)
+    health_every: int = 50           # steps between looks at the residual stream and the size of the updates; 0: never
+    on_spike: OnSpike = "ignore"     # rollback: to the last good checkpoint, and begin the decay there [Ultra, near 16T tokens]
     eval_windows: int = 48           # windows of held-out text scored per source
     branches: tuple[Precision, ...] = ("fp32", "nvfp4")     # after training: short runs from the last checkpoint before the decay
     branch_steps: int = 40           # length of such a run, ours: Ultra's probes took 5B tokens
@@ -86,7 +91,8 @@ class PretrainConfig:
     fresh: bool = False              # delete the checkpoints of an earlier run in this folder first
 
     def __post_init__(self):
-        for name, allowed in (("preset", get_args(Preset)), ("precision", get_args(Precision)), ("device", ("cpu", "cuda", "mps"))):
+        choices = dict(preset=get_args(Preset), precision=get_args(Precision), on_spike=get_args(OnSpike), device=("cpu", "cuda", "mps"))
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed: raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(allowed)}.")
         for name in ("steps", "batch", "seq", "micro_batches", "save_every", "keep"):
             if getattr(self, name) < 1: raise ValueError(f"{name} = {getattr(self, name)} must be at least 1.")
@@ -109,7 +115,8 @@ class PretrainConfig:
 
 
 # What may differ between a checkpoint and the run that goes on from it: everything that does not change a number of the main run.
-FREE = {"out", "device", "recompute", "save_every", "keep", "eval_windows", "branches", "branch_steps", "branch_from", "resume", "fresh"}
+FREE = {"out", "device", "record", "recompute", "save_every", "keep", "health_every", "on_spike", "eval_windows", "branches", "branch_steps",
+        "branch_from", "resume", "fresh"}
 
 
 # %% 2 · Tokenizer  [Tekken]
@@ -151,6 +158,7 @@ def train_bpe(texts: Iterable[str], merges: int, pattern: str = PATTERN) -> dict
 
 class Tokenizer:
     """Text <-> ids. ranks: token bytes -> rank in the order of the merges (0-255 are the bytes); an id is RESERVED + rank."""
+    eos = EOS
     def __init__(self, ranks: dict[bytes, int], pattern: str = PATTERN):
         import tiktoken
         self.ranks, self.pattern = ranks, pattern
@@ -202,42 +210,7 @@ class Tokenizer:
 
 
 # %% 3 · Token shards
-# Text becomes one long row of ids on disk, documents behind one another, each closed by </s>. Memory-mapped, it costs no memory until it is
-# read. The index beside it says where documents end, and its hash says which data a run saw.
-
-class Shard:
-    """Tokens of one source: .tokens (memory-mapped) and .ends (where each document ends, </s> included)."""
-    def __init__(self, path: Path):
-        self.index = json.loads(path.with_suffix(".json").read_text())
-        size = path.stat().st_size
-        if size != self.index["bytes"]:
-            raise ValueError(f"{path} is cut short ({size:,} of {self.index['bytes']:,} bytes): delete {path.parent} and run again.")
-        self.tokens = np.memmap(path, dtype=self.index["dtype"], mode="r") if size else np.zeros(0, self.index["dtype"])
-        self.ends = np.array(self.index["ends"], dtype=np.int64)
-
-    @staticmethod
-    def write(path: Path, documents: Iterable[str], tokenizer: Tokenizer) -> None:
-        """Tokenizes documents into path (.bin) and its index (.json)."""
-        dtype = np.dtype(np.uint16 if len(tokenizer) <= 2 ** 16 else np.uint32)
-        ends, digest, total = [], hashlib.sha256(), 0
-        with path.open("wb") as file:
-            for batch in _batched(documents, 1024):
-                for ids in tokenizer.encoding.encode_ordinary_batch(batch, num_threads=os.cpu_count() or 1):
-                    raw = np.array([*ids, EOS], dtype=dtype).tobytes()
-                    file.write(raw); digest.update(raw)
-                    total += len(ids) + 1
-                    ends.append(total)
-        index = dict(dtype=dtype.name, tokens=total, bytes=total * dtype.itemsize, sha256=digest.hexdigest(), ends=ends)
-        path.with_suffix(".json").write_text(json.dumps(index))
-
-
-def _batched(items: Iterable, n: int) -> Iterator[list]:
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == n: yield batch; batch = []
-    if batch: yield batch
-
+# Text becomes one long row of ids on disk (data/shards.py), documents behind one another, each closed by </s>.
 
 class Data(NamedTuple):
     tokenizer: Tokenizer
@@ -286,33 +259,6 @@ class Batch(NamedTuple):
         """ids and document numbers of t + 1 tokens a row.   ids 5 6 2 7, documents 0 0 0 1  ->  labels 6 2 7, mask 1 1 0"""
         ids_bt, doc_bt = torch.from_numpy(ids_bt), torch.from_numpy(doc_bt)
         return cls(ids_bt[:, :-1], ids_bt[:, 1:], doc_bt[:, :-1], (doc_bt[:, 1:] == doc_bt[:, :-1]) & (doc_bt[:, 1:] >= 0))
-
-
-class Stream:
-    """A shard's documents over and over, each epoch in its own order."""
-    def __init__(self, shard: Shard, seed: tuple[int, ...]):
-        self.shard, self.seed, self.size = shard, seed, len(shard.tokens)
-        self.starts, self.lengths = np.concatenate([[0], shard.ends[:-1]]), np.diff(shard.ends, prepend=0)
-        self.epoch = lru_cache(maxsize=2)(self._epoch)
-
-    def _epoch(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """(order of the documents in epoch n, where each ends)"""
-        order = np.random.default_rng([*self.seed, n]).permutation(len(self.lengths))
-        return order, self.lengths[order].cumsum()
-
-    def window(self, position: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, document numbers from 0) of `length` tokens from `position` of the endless row."""
-        ids, docs, n = np.empty(length, np.int64), np.empty(length, np.int64), 0
-        epoch, at = divmod(position, self.size)
-        order, ends = self.epoch(epoch)
-        i, filled = int(np.searchsorted(ends, at, side="right")), 0
-        while filled < length:
-            if i == len(order): epoch, at, i = epoch + 1, 0, 0; order, ends = self.epoch(epoch)
-            take = min(ends[i] - at, length - filled)
-            start = self.starts[order[i]] + self.lengths[order[i]] - (ends[i] - at)
-            ids[filled:filled + take], docs[filled:filled + take] = self.shard.tokens[start:start + take], n
-            at, filled, n, i = at + take, filled + take, n + 1, i + 1
-        return ids, docs
 
 
 @dataclass(frozen=True)
@@ -395,7 +341,9 @@ def make_optimizer(model: nemotron.Nemotron, config: PretrainConfig) -> torch.op
     named = list(model.named_parameters())
     groups = [dict(params=[p for n, p in named if decays(n, p)], weight_decay=config.weight_decay),
               dict(params=[p for n, p in named if not decays(n, p)], weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+    on_gpu = config.device == "cuda"      # there the rate is a number in memory, which a recorded step reads anew each time
+    lr = torch.tensor(config.lr, device="cuda") if on_gpu else config.lr
+    return torch.optim.AdamW(groups, lr=lr, betas=(config.beta1, config.beta2), fused=True, capturable=on_gpu)
 
 
 # %% 6 · Checkpoints
@@ -447,9 +395,129 @@ def _to_disk(path: Path) -> None:
     finally: os.close(handle)
 
 
-# %% 7 · Trainer
+# %% 7 · Merging checkpoints  [WSM, 2507.17634; Ultra, pretraining]
+# A decay averages: late gradients count less and less, so the end point is a weighted mean of the points on the way. Then weights saved at a
+# *constant* rate, averaged afterwards, stand in for a decay that was never run: a look at the final quality without leaving the trunk.
+# If w_i is the factor that the decay would have put on the update from checkpoint i - 1 to i, the mean is
+#     theta = sum of c_j theta_j,    c_0 = 1 - w_1,   c_j = w_j - w_(j+1),   c_k = w_k                      k + 1 checkpoints, sum of c = 1
+# PITFALL: minus-sqrt falls fastest at first, so the *older* checkpoints weigh more.
+
+def merge_weights(n: int, timing: Literal["left", "right"] = "right") -> list[float]:
+    """c_0 .. c_(n-1) for n checkpoints, oldest first, of a minus-sqrt decay w = 1 - sqrt(t). Sources leave open when an update happens:
+    "left": t = (i - 1) / k, at the beginning of its interval, so the oldest weighs 0. "right": t = i / (k + 1), which never reaches 1.
+
+    n 6:  left 0 .447 .185 .142 .120 .106     right .408 .169 .130 .109 .096 .087
+    """
+    if n < 1: raise ValueError("there is no checkpoint to merge: give at least one.")
+    if timing not in ("left", "right"): raise ValueError(f"timing={timing!r} is unknown: use 'left' or 'right'.")
+    k = n - 1
+    w = [1.0, *(1 - math.sqrt((i - 1) / k if timing == "left" else i / (k + 1)) for i in range(1, n)), 0.0]
+    return [w[j] - w[j + 1] for j in range(n)]
+
+
+def merge_checkpoints(folders: list[Path], weights: list[float] | None = None) -> nemotron.Nemotron:
+    """A model with the weighted mean of checkpoints' tensors, selection bias included; folders oldest first, weights merge_weights' by default.
+
+    Sums in fp64, one tensor of every checkpoint in memory at a time. ValueError for a damaged checkpoint or one of another model.
+    """
+    weights = merge_weights(len(folders)) if weights is None else weights
+    if len(weights) != len(folders): raise ValueError(f"{len(weights)} weights for {len(folders)} checkpoints: give one for each.")
+    if problem := next(filter(None, map(damage, folders)), None): raise ValueError(f"{problem}: leave it out.")
+    merged = nemotron.load_checkpoint(folders[-1])
+    targets, seen = dict(nemotron.released_tensors(merged)), 0
+    for tensors in zip(*map(nemotron.read_tensors, folders)):
+        name, x = tensors[-1]
+        if any((other, y.shape) != (name, x.shape) for other, y in tensors):
+            raise ValueError(f"{folders[-1]} and an older checkpoint differ at {name}: only checkpoints of one run can be merged.")
+        targets[name].copy_(sum(w * y.double() for w, (_, y) in zip(weights, tensors)))
+        seen += 1
+    if seen != len(targets): raise ValueError(f"a checkpoint has fewer tensors than {folders[-1]}: only checkpoints of one run can be merged.")
+    return merged
+
+
+# %% 8 · Health  [Ultra, training stability]
+# What the report watched: the busiest expert, the residual stream by depth, the losses of the prediction depths. The loss shows a divergence when
+# it is there; the second depth's loss, or norms that grow in the early layers, show it coming.
+
+@torch.no_grad()
+def residual_rms(model: nemotron.Nemotron, batch: Batch) -> list[float]:
+    """Root mean square of the residual stream behind each layer."""
+    sizes = []
+    hooks = [b.register_forward_hook(lambda _, __, out: sizes.append(out[0].float().square().mean().sqrt())) for b in model.backbone.layers]
+    try: model.trunk(batch.ids_bt, batch.doc_bt)
+    finally:
+        for hook in hooks: hook.remove()
+    return torch.stack(sizes).tolist()
+
+
+@torch.no_grad()
+def update_ratio(optimizer: torch.optim.AdamW) -> float:
+    """Median over the weight matrices of |last update| / |weight|, from AdamW's moments. Around 1e-3 is usual; 0 learns nothing, 1e-1 forgets."""
+    ratios = []
+    for group in optimizer.param_groups:
+        (beta1, beta2), lr = group["betas"], float(group["lr"])
+        for p in (p for p in group["params"] if p.dim() > 1 and p in optimizer.state):
+            state = optimizer.state[p]
+            n = float(state["step"])
+            adam = state["exp_avg"] / (1 - beta1 ** n) / ((state["exp_avg_sq"] / (1 - beta2 ** n)).sqrt() + group["eps"])
+            ratios.append((lr * (adam + group["weight_decay"] * p)).norm() / p.norm().clamp(min=1e-12))
+    return torch.stack(ratios).median().item()
+
+
+class SpikeDetector:
+    """Sees a spike: loss or gradient norm above the median of recent steps by `width` times their spread, `patience` steps in a row.
+    The spread is the median absolute deviation, at least half a percent of the median. ours: the report does not say what its alarm was."""
+    def __init__(self, window: int = 64, width: float = 12.0, patience: int = 3):
+        self.width, self.patience, self.high = width, patience, Counter()
+        self.recent = {key: deque(maxlen=window) for key in ("loss", "grad_norm")}
+
+    def __call__(self, row: dict) -> str | None:
+        """What spiked, in words, or None."""
+        for key, recent in self.recent.items():
+            middle = float(np.median(recent)) if recent else 0.0
+            spread = max(float(np.median(np.abs(np.array(recent) - middle))), 0.005 * abs(middle)) if recent else math.inf
+            far = len(recent) == recent.maxlen and row[key] > middle + self.width * spread
+            self.high[key] = self.high[key] + 1 if far else 0
+            if not far: recent.append(row[key])      # a spike must not raise the bar that it is measured with
+            if self.high[key] == self.patience:
+                return f"{key} is {row[key]:.3g} and was {middle:.3g} in the median, {self.patience} steps in a row"
+        return None
+
+
+# %% 9 · Trainer
 # One optimizer step: for each micro-batch forward, loss and backward; clip; AdamW; move the experts' selection bias against the loads of the
-# whole batch.
+# whole batch. Nothing in it waits for the GPU, so that a step of thousands of small kernels can be recorded as one CUDA graph.
+
+class Recorded:
+    """f(*tensors) without a result, on a GPU. The third call with tensors of the same shapes records its kernels; from then on they are replayed.
+
+    A step of preset small is 3,600 kernels, which Python starts in 150 ms and an H200 computes in 90. What f reads and writes besides its arguments
+    must stay where it is in memory, and nothing in f may wait for the GPU. Recording executes nothing, so the numbers are those of plain calls.
+    """
+    def __init__(self, f: Callable[..., None]):
+        self.f, self.calls, self.graphs, self.pool = f, Counter(), {}, None
+
+    def __call__(self, *tensors: Tensor) -> None:
+        key = tuple((x.shape, x.dtype) for x in tensors)
+        self.calls[key] += 1
+        if self.calls[key] <= 2: return self.f(*tensors)      # what is made once (gradients, moments, compiled kernels) is made here
+        if key not in self.graphs:
+            held, graph = [x.clone() for x in tensors], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool): self.f(*held)
+            self.graphs[key], self.pool = (graph, held), graph.pool()
+        graph, held = self.graphs[key]
+        for mine, x in zip(held, tensors): mine.copy_(x)
+        graph.replay()
+
+
+def draw_table(model: nemotron.Nemotron, config: PretrainConfig, step: int) -> Tensor:
+    """Seeds of one step's stochastic rounding, for every micro-batch what Nemotron.draw_seeds gives: int64 [micro-batches, layers, products, 2]."""
+    return torch.stack([model.draw_seeds(config.seed, step, micro) for micro in range(config.micro_batches)])
+
+
+class NotFinite(ValueError):
+    """A step whose loss or gradient norm is not finite; the weights are as before it."""
+
 
 class Trainer:
     """A model on its way. batches: step -> Batch; objective: (model, Batch) -> Losses, stage 04's loss unless a later stage brings its own."""
@@ -461,7 +529,15 @@ class Trainer:
         if config.precision == "nvfp4": nemotron.apply_recipe(self.model, nvfp4.NVFP4Recipe())
         self.model.recompute = config.recompute
         self.optimizer = make_optimizer(self.model, config)
-        self.step, self.rows, self.saved_step = 0, [], None
+        self.sums = self.load_me = None      # of the step at hand: losses (total, main, aux, one a depth) and gradient norm; tokens per expert
+        self.draws = draw_table(self.model, config, step=0).to(config.device)
+        self.compute = Recorded(self.compute_step) if config.record and config.device == "cuda" else self.compute_step
+        self.step, self.rows, self.saved_step, self.decay_from, self.spikes = 0, [], None, None, SpikeDetector()
+
+    @property
+    def last_step(self) -> int:
+        """Where the run ends: earlier than planned when a spike has moved the decay."""
+        return self.config.steps if self.decay_from is None else min(self.config.steps, self.decay_from + self.config.decay_steps)
 
     def autocast(self):
         """bf16 products over fp32 weights: always for bf16, and under nvfp4 on a GPU. A CPU computes the rest of an nvfp4 run in fp32."""
@@ -469,32 +545,49 @@ class Trainer:
         on = c.precision == "bf16" or c.precision == "nvfp4" and c.device == "cuda"
         return torch.autocast(c.device, torch.bfloat16) if on else contextlib.nullcontext()
 
-    def train_step(self) -> dict:
-        """One optimizer step; returns its row of metrics. ValueError when the loss is not finite: the weights are then as before the step."""
-        c, start = self.config, time.perf_counter()
-        lr = wsd_lr(self.step + 1, c.steps, c.warmup_steps, c.decay_steps, c.lr, c.lr_min)
-        for group in self.optimizer.param_groups: group["lr"] = lr
-        batch, parts, load_me = self.batches(self.step).to(c.device), [], 0
-        for micro, piece in enumerate(batch.split(c.micro_batches)):
-            self.model.set_draws(c.seed, self.step, micro)
+    def compute_step(self, *batch: Tensor) -> None:
+        """The step's arithmetic: forward and backward of every micro-batch, clip, AdamW, selection bias. Results lie in .sums and .load_me.
+        A loss or norm that is not finite leaves weights and bias alone; train_step reads it in .sums."""
+        c, parts, load_me = self.config, [], 0
+        for piece, draws in zip(Batch(*batch).split(c.micro_batches), self.draws):
+            self.model.set_draws(draws)
             with self.autocast(): losses = self.objective(self.model, piece)
             # NOTE: the mean of the pieces' means, as Megatron does; pieces differ slightly in how many tokens count
             (losses.total / c.micro_batches).backward()
             parts.append(torch.stack([x.detach().float() for x in (losses.total, losses.main, losses.aux, *losses.mtp_k)]))
             load_me = load_me + losses.load_me
-        total, main, aux, *mtp = torch.stack(parts).mean(0).tolist()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip).item()
-        if not (math.isfinite(total) and math.isfinite(norm)):
-            raise ValueError(f"step {self.step + 1}: the loss is {total} and its gradient norm {norm}; lower --lr, or --resume from a checkpoint.")
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
+        self.sums, self.load_me = torch.cat([torch.stack(parts).mean(0), norm.float()[None]]), load_me
+        broken = ~(self.sums[0].isfinite() & norm.isfinite())
+        self.optimizer.found_inf = broken.float()      # the fused AdamW looks at this, as under a gradient scaler
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.model.update_expert_bias(load_me, c.bias_rate)
+        self.model.update_expert_bias(load_me, c.bias_rate * ~broken)
+
+    def train_step(self) -> dict:
+        """One optimizer step; returns its row of metrics. ValueError when the loss is not finite: the weights are then as before the step."""
+        c, start = self.config, time.perf_counter()
+        lr = wsd_lr(self.step + 1, self.last_step, c.warmup_steps, c.decay_steps, c.lr, c.lr_min)
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor): group["lr"].fill_(lr)
+            else: group["lr"] = lr
+        batch = self.batches(self.step).to(c.device)
+        self.draws.copy_(draw_table(self.model, c, self.step))
+        self.compute(*batch)
+        total, main, aux, *mtp, norm = self.sums.tolist()
+        load_me = self.load_me.cpu()
+        violation = moe.max_violation(load_me).tolist()
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            raise NotFinite(f"step {self.step + 1}: the loss is {total} and its gradient norm {norm}; lower --lr, or --resume from a checkpoint.")
         self.step += 1
-        violation = moe.max_violation(load_me.cpu()).tolist()
         seconds = time.perf_counter() - start
         row = dict(step=self.step, loss=main, total=total, aux=aux, **{f"mtp_{k}": x for k, x in enumerate(mtp, 1)}, lr=lr, grad_norm=norm,
                    max_vio_median=float(np.median(violation)) if violation else None, max_vio=max(violation, default=None),
-                   tokens_per_s=round(batch.ids_bt.numel() / seconds, 1), seconds=round(seconds, 4))
+                   dead_experts=int(moe.dead_experts(load_me).sum()), tokens_per_s=round(batch.ids_bt.numel() / seconds, 1),
+                   seconds=round(seconds, 4))
+        if c.health_every and self.step % c.health_every == 0:
+            with self.autocast(): row["residual_rms"] = residual_rms(self.model, batch.split(c.micro_batches)[0])
+            row["update_ratio"] = update_ratio(self.optimizer)
         self.rows.append(row)
         return row
 
@@ -502,16 +595,32 @@ class Trainer:
         """Trains to step `until`, saving every save_every steps, at `save_at` and at the end. False when Ctrl-C ended it (the step is saved)."""
         c, save_at, log = self.config, {*save_at, until}, self.home / "metrics.jsonl"
         self.home.mkdir(parents=True, exist_ok=True)
-        with _Interrupt() as interrupt, log.open("a") as file, tqdm(total=until, initial=self.step, desc=label, unit="step", disable=None) as bar:
-            while self.step < until and not interrupt.seen:
-                row = self.train_step()
-                file.write(json.dumps(row) + "\n"); file.flush()
-                bar.update(); bar.set_postfix(loss=f"{row['loss']:.3f}", tok_s=f"{row['tokens_per_s']:,.0f}")
-                if self.step % log_every == 0 or self.step in (1, until):
-                    tqdm.write(log_line(row))
-                if self.step % c.save_every == 0 or self.step in save_at: self.save()
+        with _Interrupt() as interrupt, tqdm(total=until, initial=self.step, desc=label, unit="step", disable=None) as bar:
+            while self.step < min(until, self.last_step) and not interrupt.seen:
+                try: row = self.train_step()
+                except NotFinite as error:
+                    if c.on_spike != "rollback": raise
+                    self.roll_back(str(error), log); continue
+                with log.open("a") as file: file.write(json.dumps(row) + "\n")
+                bar.n = self.step; bar.set_postfix(loss=f"{row['loss']:.3f}", tok_s=f"{row['tokens_per_s']:,.0f}")
+                if self.step % log_every == 0 or self.step in (1, until): tqdm.write(log_line(row))
+                if c.on_spike != "ignore" and (what := self.spikes(row)): self.roll_back(what, log); continue
+                if self.step % c.save_every == 0 or self.step in save_at or self.step == self.last_step: self.save()
             if interrupt.seen: self.save()
         return not interrupt.seen
+
+    def roll_back(self, what: str, log: Path) -> None:
+        """Back to the newest whole checkpoint from before a spike; the decay begins there. ValueError when the run shall stop, or has none."""
+        sound = [f for f in checkpoints(self.home) if int(f.name[5:]) <= self.step - 2 * self.spikes.patience and not damage(f)]
+        if self.config.on_spike == "stop" or self.decay_from is not None or not sound:
+            why = {"stop": ""}.get(self.config.on_spike, " a second time" if self.decay_from is not None else ", with no checkpoint from before it")
+            raise ValueError(f"a spike at step {self.step}{why}: {what}. Lower --lr, or look at metrics.jsonl for what grew first.")
+        spiked, self.decay_from = self.step, int(sound[-1].name[5:])
+        self.restore(sound[-1])
+        for later in checkpoints(self.home)[len(sound):]: shutil.rmtree(later)
+        self.rows, self.spikes = [row for row in self.rows if row["step"] <= self.step], SpikeDetector()
+        log.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        tqdm.write(f"a spike at step {spiked}: {what}. Back to step {self.step}; the decay begins here and ends at step {self.last_step}.")
 
     def save(self) -> Path:
         """Writes home/step-N and removes checkpoints beyond the newest `keep` (but never the one that branches start from)."""
@@ -521,7 +630,8 @@ class Trainer:
         def fill(work: Path) -> None:
             nemotron.save_checkpoint(work, self.model, self.tokenizer)
             state = {name: self.optimizer.state[p] for name, p in self.model.named_parameters()}
-            torch.save(dict(optimizer=state, rng=torch.get_rng_state(), step=self.step), work / "trainer.pt")
+            saved = dict(optimizer=state, rng=torch.get_rng_state(), step=self.step, decay_from=self.decay_from)
+            torch.save(saved, work / "trainer.pt")
             about = dict(config=asdict(self.config), step=self.step, data=self.data_hash, torch=torch.__version__)
             (work / "pretrain.json").write_text(json.dumps(about, indent=1, default=str))
 
@@ -538,11 +648,22 @@ class Trainer:
         """A trainer as it was at a checkpoint. config.precision may be another than the checkpoint's: that is a branch."""
         if problem := damage(folder): raise ValueError(f"{problem}: take another checkpoint.")
         trainer = cls(config, nemotron.load_checkpoint(folder), batches, home, **kwargs)
-        state = torch.load(folder / "trainer.pt", map_location=config.device, weights_only=True)
-        for name, p in trainer.model.named_parameters(): trainer.optimizer.state[p] = state["optimizer"][name]
-        torch.set_rng_state(state["rng"].cpu())
-        trainer.step = trainer.saved_step = state["step"]
+        trainer.restore(folder, weights=False)
         return trainer
+
+    def restore(self, folder: Path, weights: bool = True) -> None:
+        """Weights, optimizer, random state and step of a checkpoint, in place: a recorded step knows them by their addresses."""
+        if weights:
+            held = dict(nemotron.released_tensors(self.model))
+            for name, x in nemotron.read_tensors(folder): held[name].copy_(x)
+        saved = torch.load(folder / "trainer.pt", map_location=self.config.device, weights_only=True)
+        for name, p in self.model.named_parameters():
+            for key, x in saved["optimizer"][name].items():
+                if key in self.optimizer.state[p]: self.optimizer.state[p][key].copy_(x)
+                else: self.optimizer.state[p][key] = x
+        torch.set_rng_state(saved["rng"].cpu())
+        self.step = self.saved_step = saved["step"]
+        self.decay_from = self.decay_from or saved["decay_from"]
 
 
 def log_line(row: dict) -> str:
@@ -579,7 +700,7 @@ def check_same_run(folder: Path, config: PretrainConfig, data_hash: str) -> None
         raise ValueError(f"the text is not the one {folder} was trained on: give the same --data, or start over with --fresh.")
 
 
-# %% 8 · Bits per byte
+# %% 10 · Bits per byte
 # A loss per token depends on the tokenizer; bits per byte do not: nats of all predicted tokens / ln 2 / bytes these tokens stand for. </s> has no
 # bytes, but its nats count: knowing where a text ends is part of predicting it. The first token of a window or a document is predicted by
 # nobody and counts in neither.
@@ -621,7 +742,7 @@ def evaluate(trainer: Trainer, held_out: dict[str, Shard]) -> dict[str, float]:
     return {name: nats / math.log(2) / counted for name, (nats, counted) in sums.items()}
 
 
-# %% 9 · Branches  [Ultra, health check of NVFP4]
+# %% 11 · Branches  [Ultra, health check of NVFP4]
 # Does 4-bit training cost loss? Ultra answers by branching: from one checkpoint, on the same data, once in each precision. There the main run is
 # in NVFP4 and the branch in bf16 (gap 0.25 to 0.28 % after 5B tokens); here the main run is in fp32 and both branches are short, for a CPU.
 
@@ -659,7 +780,7 @@ def compare_branches(config: PretrainConfig, data: Data) -> dict[str, list[dict]
     return runs
 
 
-# %% 10 · Figures and text
+# %% 12 · Figures and text
 
 def smooth(values: list[float], width: int) -> np.ndarray:
     """Mean of the last `width` values at each point (of fewer at the beginning)."""
@@ -732,7 +853,7 @@ def print_data(data: Data, batches: Batches, blend: Blend, steps: int) -> None:
     print(f"text read under Python {data.record['python']} (the standard library's text differs by version); vocabulary {len(data.tokenizer):,}\n")
 
 
-# %% 11 · Command
+# %% 13 · Command
 
 def check_machine(config: PretrainConfig) -> None:
     """ValueError, before any work, for a device that is not there, a folder that cannot be written, or a model that cannot fit."""

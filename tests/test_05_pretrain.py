@@ -24,6 +24,7 @@ from data import corpus
 
 nvfp4, model04, stage = (importlib.import_module(m) for m in ("01_nvfp4", "04_model", "05_pretrain"))
 ROOT = Path(__file__).parent.parent
+SPIKE = stage.SpikeDetector
 # the smallest sizes that stage 04 accepts, with every kind of layer and the MTP head
 MICRO = model04.ModelConfig(pattern="MEM*E", d_model=32, vocab=320, heads=2, kv_heads=1, head_dim=16, mamba_heads=16, mamba_head_dim=2, groups=1,
                             state=8, chunk=16, experts=4, experts_per_token=2, latent=16, expert_width=16, shared_width=16)
@@ -161,6 +162,7 @@ class Bytes:
     class encoding:
         @staticmethod
         def encode_ordinary_batch(texts, num_threads): return [[ord(c) for c in t] for t in texts]
+    eos = 2
     def __len__(self): return 70_000
 
 
@@ -331,6 +333,113 @@ def test_bits_per_byte_count_every_token_but_the_first_of_a_document(tmp_path, t
             want -= logp[range(hi - lo - 1), window[lo + 1:hi]].sum().item()
             size_want += int(size[window[lo + 1:hi]].sum())
     assert counted == size_want and nats == pytest.approx(want, rel=1e-5)      # fp32 sums in another order
+
+
+# ---- health
+
+def test_the_health_numbers_are_what_they_say(tmp_path, tokenizer):
+    """Residual stream against the sum of the layers written out; the update ratio against weights before and after a step."""
+    trainer = run(tmp_path, make_batches(tmp_path, tokenizer), until=2)
+    batch, model = trainer.batches(0), trainer.model
+    with torch.no_grad():
+        x, want = model.backbone.embeddings(batch.ids_bt), []
+        mask = model04.attention_mask(batch.doc_bt, batch.ids_bt.shape[1])
+        for block in model.backbone.layers:
+            x = block(x, batch.doc_bt, mask)[0]
+            want.append(x.square().mean().sqrt().item())
+    assert stage.residual_rms(model, batch) == pytest.approx(want, rel=1e-5)
+    assert not any(block._forward_hooks for block in model.backbone.layers)
+    before = [p.clone() for p in model.parameters()]
+    trainer.train_step()
+    moved = [((p - q).norm() / p.norm()).item() for p, q in zip(model.parameters(), before) if p.dim() > 1]
+    assert stage.update_ratio(trainer.optimizer) == pytest.approx(float(torch.tensor(moved).median()), rel=1e-2)
+
+
+def test_health_is_looked_at_when_asked(tmp_path, tokenizer):
+    rows = run(tmp_path, make_batches(tmp_path, tokenizer), health_every=2).rows
+    assert [len(row.get("residual_rms", [])) for row in rows] == [0, 5, 0, 5, 0, 5]
+    # MICRO chooses 2 of 4 experts: a layer at the worst violation, 2, has two without a token
+    assert rows[0]["dead_experts"] == 0 and all(row["dead_experts"] >= 2 for row in rows if row["max_vio"] == 2.0)
+
+
+def test_a_spike_is_high_for_several_steps_and_a_noisy_run_has_none():
+    rng, detect = np.random.default_rng(0), stage.SpikeDetector(window=32)
+    row = lambda loss, norm=1.0: dict(loss=loss, grad_norm=norm)
+    for i in range(400): assert detect(row(3 - i / 400 + 0.1 * rng.normal(), np.exp(0.3 * rng.normal()))) is None      # falling, noisy
+    assert [detect(row(9.0)) for _ in range(2)] == [None, None] and detect(row(2.0)) is None       # two steps are no spike
+    assert [bool(detect(row(9.0))) for _ in range(4)] == [False, False, True, False]                # named once, at the third
+    assert "grad_norm" in [detect(row(2.0, 1e3)) for _ in range(3)][-1]
+    early = stage.SpikeDetector(window=32)
+    assert not any(early(row(9.0 if i % 2 else 1.0)) for i in range(31))                            # no history, no judgement
+
+
+def spiky(losses_from: int):
+    """Stage 04's loss, a hundred times as high from the given step on, until somebody goes back."""
+    seen = Counter()
+    def objective(model, x):
+        y = model04.loss(model, *x)
+        seen["calls"] += 1
+        return y._replace(total=y.total * 100, main=y.main * 100) if losses_from <= seen["calls"] < losses_from + 3 else y
+    return objective
+
+
+def test_a_spike_rolls_the_run_back_and_starts_the_decay(tmp_path, tokenizer, monkeypatch):
+    """As the report did at 16T tokens: weights and step are those of the last checkpoint before the spike, and the rate falls from there."""
+    monkeypatch.setattr(stage, "SpikeDetector", lambda: detector(window=8))
+    detector = SPIKE
+    config = replace(CONFIG, steps=40, decay=0.25, save_every=6, keep=9, on_spike="rollback", warmup=0.0)
+    batches = make_batches(tmp_path, tokenizer, steps=40)
+    torch.manual_seed(0)
+    trainer = stage.Trainer(config, model04.Nemotron(MICRO), batches, tmp_path / "run", objective=spiky(20))
+    assert trainer.fit(40)
+    assert trainer.decay_from == 12 and trainer.step == 22 == trainer.last_step      # seen at step 22; 18 is too near, 12 + 10 steps of decay
+    assert [row["step"] for row in trainer.rows] == list(range(1, 23))
+    assert trainer.rows[11]["lr"] == config.lr and trainer.rows[-1]["lr"] == config.lr_min
+    assert trainer.rows[12]["lr"] == stage.wsd_lr(13, 22, 0, 10, config.lr, config.lr_min) < config.lr
+    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == list(range(1, 23))
+    assert stage.newest_checkpoint(tmp_path / "run").name == "step-000022"
+    again = stage.Trainer.load(tmp_path / "run" / "step-000022", config, batches, tmp_path / "again")
+    assert again.decay_from == 12      # a resumed run keeps its new end
+    for how, message in (("stop", "a spike at step 22: loss is"), ("rollback", "no checkpoint from before it")):
+        torch.manual_seed(0)
+        other = stage.Trainer(replace(config, on_spike=how, save_every=50), model04.Nemotron(MICRO), batches, tmp_path / how, objective=spiky(20))
+        with pytest.raises(ValueError, match=message): other.fit(40)
+
+
+# ---- merging
+
+def test_merge_weights_are_those_of_the_minus_sqrt_decay():
+    """Both conventions, six checkpoints, by hand to three digits; sums are 1 and older checkpoints weigh more (but for the left edge's 0)."""
+    assert stage.merge_weights(6, "left") == pytest.approx([0, .447, .185, .142, .120, .106], abs=6e-4)
+    assert stage.merge_weights(6, "right") == pytest.approx([.408, .169, .130, .109, .096, .087], abs=6e-4)
+    for n in (1, 2, 7, 40):
+        for timing in ("left", "right"): assert sum(stage.merge_weights(n, timing)) == pytest.approx(1) and min(stage.merge_weights(n, timing)) >= 0
+    for bad in (lambda: stage.merge_weights(0), lambda: stage.merge_weights(3, "middle")):
+        with pytest.raises(ValueError): bad()
+
+
+def test_merging_equals_the_decay_it_stands_for():
+    """Gradients that do not depend on the weights: sum of c_j theta_j is where steps w_i g_i end. An index that is off by one breaks it."""
+    updates = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    points = torch.cat([torch.zeros(1, 3, dtype=torch.float64), updates.cumsum(0)])      # 6 checkpoints at a constant rate
+    for timing, t in (("left", [i / 5 for i in range(5)]), ("right", [i / 6 for i in range(1, 6)])):
+        decayed = sum((1 - math.sqrt(x)) * g for x, g in zip(t, updates))
+        merged = sum(c * p for c, p in zip(stage.merge_weights(6, timing), points))
+        torch.testing.assert_close(merged, decayed)
+
+
+def test_merged_checkpoints_are_the_weighted_mean_of_every_tensor(tmp_path, tokenizer):
+    trainer = run(tmp_path, make_batches(tmp_path, tokenizer), save_every=2, keep=9)
+    folders = stage.checkpoints(trainer.home)
+    merged, weights = stage.merge_checkpoints(folders).state_dict(), stage.merge_weights(len(folders))
+    parts = [model04.load_checkpoint(folder).state_dict() for folder in folders]
+    assert len(folders) >= 3 and len(merged) == len(parts[0])
+    for name, x in merged.items():
+        torch.testing.assert_close(x, sum(w * part[name].double() for w, part in zip(weights, parts)).to(x.dtype))
+    assert torch.equal(stage.merge_checkpoints(folders, [0.0] * (len(folders) - 1) + [1.0]).lm_head.weight, parts[-1]["lm_head.weight"])
+    (folders[0] / "config.json").unlink()
+    with pytest.raises(ValueError, match="config.json is missing: leave it out"): stage.merge_checkpoints(folders)
+    with pytest.raises(ValueError, match="2 weights for 3"): stage.merge_checkpoints(folders[-3:], [0.5, 0.5])
 
 
 # ---- checkpoints and bad input

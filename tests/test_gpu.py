@@ -22,7 +22,7 @@ def step(device, recipe=None, autocast=False, recompute=False):
     if recipe: model04.apply_recipe(model, recipe)
     model, row = model.to(device), tokens(2, 66).to(device)
     doc_bt = (torch.arange(65, device=device) > 40).long().expand(2, 65)
-    model.set_draws(0, 0, 0)
+    model.set_draws(model.draw_seeds(0, 0).to(device))
     with torch.autocast(device, torch.bfloat16, enabled=autocast): losses = model04.loss(model, row[:, :-1], row[:, 1:], doc_bt)
     losses.total.backward()
     return losses, torch.cat([p.grad.cpu().float().flatten() for p in model.parameters()])
@@ -143,3 +143,40 @@ def test_the_router_of_bf16_activations_has_fp32s_accuracy(dtype):
     for ours_t, plain_t, exact_t in zip(ours, plain, exact):
         error = (plain_t.to(ours_t.dtype).double() - exact_t).norm()      # gradients of bf16 tensors are rounded to bf16
         assert (ours_t.double() - exact_t).norm() <= 2 * error + 1e-6 * exact_t.norm()
+
+
+class Ids:
+    """step -> Batch of random tokens, another one each step."""
+    def __call__(self, step):
+        pretrain = importlib.import_module("05_pretrain")
+        return pretrain.Batch.from_windows(tokens(4, 65, seed=step).numpy(), (torch.arange(65) // 40).expand(4, 65).contiguous().numpy())
+
+
+def train(tmp_path, precision, record, steps=6):
+    pretrain = importlib.import_module("05_pretrain")
+    config = pretrain.PretrainConfig(device="cuda", precision=precision, record=record, micro_batches=2, steps=20, lr=1e-2, warmup=0.1, branches=())
+    torch.manual_seed(0)
+    trainer = pretrain.Trainer(config, model04.Nemotron(TINY), Ids(), tmp_path)
+    return [trainer.train_step() for _ in range(steps)], trainer
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "nvfp4"])
+def test_a_recorded_step_gives_the_numbers_of_a_plain_one(precision, tmp_path):
+    """Steps 3 to 6 are replayed: a batch, a rate, a rounding seed or a gradient that stays behind from the recording changes their losses."""
+    (plain, one), (recorded, two) = train(tmp_path, precision, False), train(tmp_path, precision, True)
+    assert len(two.compute.graphs) == 1 and two.compute.calls.total() == 6
+    for key in ("loss", "mtp_2", "grad_norm", "lr", "max_vio"):
+        assert [row[key] for row in recorded] == pytest.approx([row[key] for row in plain], rel=2e-4), key
+    start = train(tmp_path, precision, False, steps=0)[1]
+    a, b, c = (torch.cat([p.detach().flatten() for p in t.model.parameters()]) for t in (one, two, start))
+    assert (a - b).norm() < 0.02 * (a - c).norm()
+
+
+def test_a_recorded_step_that_is_not_finite_leaves_the_weights(tmp_path):
+    """The check runs on the GPU, inside the recording: an optimizer that ignored it would write NaN everywhere."""
+    trainer = train(tmp_path, "bf16", True, steps=4)[1]
+    trainer.model.backbone.norm_f.weight.data[0] = float("nan")
+    before = {name: p.clone() for name, p in trainer.model.state_dict().items() if "norm_f" not in name}
+    with pytest.raises(ValueError, match="step 5: the loss is nan"): trainer.train_step()
+    after = trainer.model.state_dict()
+    assert all(torch.equal(p, after[name]) for name, p in before.items()) and trainer.step == 4
