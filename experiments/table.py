@@ -157,6 +157,16 @@ def table_slice(rows: list[dict]) -> str:
                    "|---|---|---|---|---|---|---|\n" + "\n".join(lines))
 
 
+def table_training(rows: list[dict]) -> str:
+    """Tokens a second of one preset's training step on one GPU, the newest row of every contender."""
+    contenders = {row["contender"]: row for row in rows if row["stage"] == "bench_train"}
+    if not contenders: return "Not measured yet."
+    lines = [f"| {name} | {row['tokens_per_s']:,} | {row['ms']:.1f} | {row['peak_gib']:.1f} GiB |" for name, row in contenders.items()]
+    last = next(reversed(contenders.values()))
+    return (f"Preset `{last['preset']}`, steps of {last['batch']} × {last['seq']:,} tokens on one {last['device']}, torch {last['torch']}:\n\n"
+            "| training step | tokens/s | ms a step | memory held |\n|---|---|---|---|\n" + "\n".join(lines))
+
+
 def gpu_tests(rows: list[dict]) -> str:
     row = newest(rows, "command", command="python -m pytest tests -m gpu")
     if row is None: return "# no complete run is recorded yet"
@@ -176,7 +186,7 @@ def command_time(rows: list[dict], command: str) -> str:
 def rendered(text: str, rows: list[dict]) -> str:
     """README text with every marked table and time replaced."""
     for name, table in (("claims", table_claims), ("stages", table_stages), ("speed", table_speed), ("kernels", table_kernels),
-                        ("slice", table_slice)):
+                        ("slice", table_slice), ("training", table_training)):
         text = re.sub(rf"(<!-- table:{name} -->\n).*?(<!-- end -->)", lambda m, table=table: m[1] + table(rows) + "\n" + m[2], text, flags=re.S)
     text = re.sub(r"(?m)^(    python -m pytest tests -m gpu +)#.*$", lambda m: m[1] + gpu_tests(rows), text)
     return re.sub(r"(?m)^(    make (run|test) +)#.*$", lambda m: m[1] + command_time(rows, m[2]), text)
