@@ -1,20 +1,22 @@
 """03 · LatentMoE: a router that picks 22 of 512 experts, and experts that live in a narrow room.
 
 You build the feed-forward layer of Nemotron 3: a sigmoid router in fp32, routed experts written twice (as the definition and as the
-algorithm that is fast), the latent projections around them, one shared expert, and the two forces that keep every expert busy.
+algorithm that is fast), the latent projections around them, one shared expert, the two forces that keep every expert busy, and the exchange
+of rows that lets the experts of a layer live on several GPUs.
 
-Left out:  expert parallelism (experts on several GPUs: it comes later), router z-loss, token dropping and capacity factors, group-limited
-           routing (the released configs have one group).
+Left out:  sending a token once to a GPU that holds several of its experts, exchange and computation at the same time, router z-loss, token
+           dropping and capacity factors, group-limited routing (the released configs have one group).
 Sources:   [Ultra] Nemotron 3 Ultra report, arXiv 2606.15007 · [LatentMoE] LatentMoE, arXiv 2601.18089 · [Super] Nemotron 3 Super report
            [Megatron] Megatron-LM's router and MoE layer · [HF] transformers' modeling_nemotron_h, the oracle of the tests
            [LossFree] Wang et al. 2024, arXiv 2408.15664, balance by a selection bias · [Config] the released config.json files
 Run:       python 03_latentmoe.py               # 15 s, CPU: what the latent buys, a routing by hand, balance with and without bias, times
            python 03_latentmoe.py --steps 2000  # the balance for longer
            python 03_latentmoe.py --impl triton # GPU: adds the kernel to the times
-Contents:  1 router   2 experts as a loop   3 sort and group   4 one expert at a time   5 load balance   6 the layer
-           7 measurements   8 demo
+Contents:  1 router   2 experts as a loop   3 sort and group   4 one expert at a time   5 load balance   6 expert parallelism
+           7 the layer   8 measurements   9 demo
 Letters:   b batch  t time  d model width  e experts  k chosen experts  l latent (or d without one)  f expert hidden width
            r flattened rows (b·t)  q routed rows (r·k), one for each token and chosen expert, sorted by expert
+           n ranks that share a layer's experts  m routed rows that arrived at this rank
 """
 from __future__ import annotations
 
@@ -26,6 +28,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -143,21 +146,28 @@ def grouped_linear(x_qd: Tensor, w_end: Tensor, offsets_e: Tensor, recipe: nvfp4
     return torch.cat([F.linear(x_qd[start:end], w_nd) for start, end, w_nd in zip([0, *ends], ends, w_end)])
 
 
+def copy_to_experts(x_rl: Tensor, k: int, order_q: Tensor) -> Tensor:
+    """[q, l]: k copies of every token, sorted by expert."""
+    # NOTE: copy, then permute: the gradient of a permutation is a permutation and that of the copies a sum over k, so nothing is added in
+    # an order that depends on timing. x_rl[order_q // k] would scatter-add in its backward pass.
+    return x_rl.repeat_interleave(k, dim=0).index_select(0, order_q)
+
+
+def weighted_sum(out_ql: Tensor, inverse_q: Tensor, weights_rk: Tensor) -> Tensor:
+    """[r, l]: the k rows of a token brought together again, each times its weight."""
+    out_rkl = out_ql.index_select(0, inverse_q).unflatten(0, weights_rk.shape)
+    return (out_rkl * weights_rk[..., None]).sum(1).to(out_ql.dtype)
+
+
 def experts_sorted(x_rl: Tensor, weights_rk: Tensor, experts_rk: Tensor, up_efl: Tensor, down_elf: Tensor,
                    recipe: nvfp4.NVFP4Recipe | None = None, seed: int | Tensor = 0) -> Tensor:
     """Rung 2: the same sum, with one grouped product per projection.  seed: of the recipe's stochastic rounding, or int64 [2, 2] with both seeds of
     both products."""
-    (r, k), experts = experts_rk.shape, up_efl.shape[0]
-    order_q, inverse_q, offsets_e = sort_by_expert(experts_rk, experts)
+    order_q, inverse_q, offsets_e = sort_by_expert(experts_rk, up_efl.shape[0])
     up_seed, down_seed = seed if isinstance(seed, Tensor) else (nvfp4.draw_seed_for(seed, 0, 0, 0, operand) for operand in (1, 2))
-
-    # NOTE: copy, then permute: the gradient of a permutation is a permutation and that of the copies a sum over k, so nothing is added in
-    # an order that depends on timing. x_rl[order_q // k] would scatter-add in its backward pass.
-    x_ql = x_rl.repeat_interleave(k, dim=0).index_select(0, order_q)
+    x_ql = copy_to_experts(x_rl, experts_rk.shape[1], order_q)
     hidden_qf = relu2(grouped_linear(x_ql, up_efl, offsets_e, recipe, up_seed))
-    out_ql = grouped_linear(hidden_qf, down_elf, offsets_e, recipe, down_seed)
-    out_rkl = out_ql.index_select(0, inverse_q).view(r, k, -1)
-    return (out_rkl * weights_rk[..., None]).sum(1).to(out_ql.dtype)
+    return weighted_sum(grouped_linear(hidden_qf, down_elf, offsets_e, recipe, down_seed), inverse_q, weights_rk)
 
 
 # %% 4 · One expert at a time: the same sum for a CPU
@@ -293,7 +303,88 @@ def update_expert_bias(bias_e: Tensor, load_e: Tensor, rate: float = 1e-3) -> No
     bias_e += rate * torch.sign(load_e.sum(-1, keepdim=True) - load_e.shape[-1] * load_e).to(bias_e.dtype)
 
 
-# %% 6 · The layer  [LatentMoE; Ultra; HF for the names]
+# %% 6 · Expert parallelism  [LatentMoE; Megatron, all-to-all dispatcher]
+# The experts of one Ultra layer are 11 billion parameters. So n ranks share them: rank i holds experts i·e/n to (i+1)·e/n, and the rows travel.
+# Two ranks with two experts each; a2 is the copy of token a for expert 2, | lies between ranks, / between experts:
+#
+#                        rank 0, experts 0 and 1          rank 1, experts 2 and 3
+#     chosen             a: 0 2    b: 3 1                 c: 2 3    d: 1 3
+#     sorted by expert   a0 / b1 | a2 / b3                d1 | c2 / c3 d3           left of | goes to rank 0, right of it to rank 1
+#     arrived            a0 / b1 | d1                     a2 / b3 | c2 / c3 d3      by sender, then by expert: one sort more, and
+#     computed           a0 / b1 d1                       a2 c2 / b3 c3 d3          each expert's rows are together, as in section 3
+#     sent back          a0 b1 a2 b3                      d1 c2 c3 d3               the same exchange with the splits swapped
+#     weighted sum       a = p·a0 + p·a2   ...            c = p·c2 + p·c3   ...     p never travels
+#
+# The rows are latent rows: 2 · k · l · 2 bytes a token, there and back in bf16, where a MoE of full width moves 2 · k · d · 2. In Ultra that is
+# 180 KB in place of 721 KB (all_to_all_bytes).
+# A rank can make room for what comes only when it knows how much that is. So the counts go first, and the host waits for them, once a layer
+# (a CUDA graph cannot hold such a layer). A library such as DeepEP can do without: its kernels read the splits on the device, and receive into
+# a buffer that has room for the most that could come.
+
+def all_to_all_bytes(k: float, width: int, ranks: int | None = None, itemsize: int = 2) -> float:
+    """Bytes of a token's rows to its experts and back, bf16 by default; the backward pass moves as many again.  ranks: even routing leaves 1 / ranks
+    of them at home, and only the others count.  Ultra, k 22:  latent 2048 -> 180,224   full width 8192 -> 720,896   latent, 8 ranks -> 157,696."""
+    return 2 * k * width * itemsize * (1 if ranks is None else (ranks - 1) / ranks)
+
+
+class Exchange(torch.autograd.Function):
+    """Rows to the ranks of a group and from them: the first send_n[0] rows go to rank 0, the next send_n[1] to rank 1; receive_n counts by sender."""
+    @staticmethod
+    def forward(ctx, rows_ql, send_n, receive_n, group):
+        ctx.way = send_n, receive_n, group
+        received_ml = rows_ql.new_empty(sum(receive_n), rows_ql.shape[1])
+        dist.all_to_all_single(received_ml, rows_ql.contiguous(), receive_n, send_n, group=group)
+        return received_ml
+
+    @staticmethod
+    def backward(ctx, dreceived_ml):
+        # a row's gradient is wherever the row went: fetch it from there
+        send_n, receive_n, group = ctx.way
+        return Exchange.apply(dreceived_ml, receive_n, send_n, group), None, None, None
+
+
+def experts_exchanged(x_rl: Tensor, weights_rk: Tensor, experts_rk: Tensor, up_efl: Tensor, down_elf: Tensor, group: dist.ProcessGroup,
+                      recipe: nvfp4.NVFP4Recipe | None = None, seed: int | Tensor = 0, impl: str = "auto") -> Tensor:
+    """experts_grouped over the ranks of a group: x, weights and choices are this rank's tokens, up_efl and down_elf this rank's experts.
+    Every rank has to call it, and to run its backward pass, also without tokens: the others wait for it. With a recipe each rank quantizes the
+    rows of its own experts; the seed may be the same everywhere, since no expert is in two places."""
+    ranks, local = dist.get_world_size(group), up_efl.shape[0]
+    order_q, inverse_q, _ = sort_by_expert(experts_rk, ranks * local)
+    send_ne = count_load(experts_rk, ranks * local).view(ranks, local)
+    receive_ne = torch.empty_like(send_ne)
+    dist.all_to_all_single(receive_ne, send_ne, group=group)
+    send_n, receive_n = torch.stack([send_ne, receive_ne]).sum(2).tolist()      # NOTE: here the host waits
+
+    x_ql = copy_to_experts(x_rl.to(nvfp4.output_dtype(x_rl)), experts_rk.shape[1], order_q)
+    x_ml = Exchange.apply(x_ql, send_n, receive_n, group)
+    expert_m = torch.arange(local, device=x_rl.device).repeat(ranks).repeat_interleave(receive_ne.view(-1), output_size=len(x_ml))
+    # each arrived row is a token with one expert and weight 1: the sort by expert, the twin and NVFP4 are those of one rank
+    out_ml = experts_grouped(x_ml, weights_rk.new_ones(len(x_ml), 1), expert_m[:, None], up_efl, down_elf, recipe, seed, impl)
+    return weighted_sum(Exchange.apply(out_ml, receive_n, send_n, group), inverse_q, weights_rk)
+
+
+def expert_parallel(layer: LatentMoE, group: dist.ProcessGroup | None) -> LatentMoE:
+    """Keep this rank's share of the layer's experts, in place, as new parameters; from then on its rows travel. Before, all ranks hold equal layers.
+
+    Router, latent projections and shared expert stay whole on every rank, and Balance counts this rank's tokens only.
+    NOTE: gradients. Rows of all ranks reach an expert, so its gradient is the *sum* over the group's ranks of what each rank's loss gives. The
+    parameters that stay whole see their own rank's tokens, and data parallelism takes the *mean* over ranks: the caller divides the experts'
+    gradients by the group's size to get the mean too, and averages over groups where there are several.
+    """
+    if group is None or dist.get_world_size(group) == 1: return layer
+    ranks, rank, experts = dist.get_world_size(group), dist.get_rank(group), layer.experts
+    if rank < 0: raise ValueError("this process is no member of the group: give expert_parallel the group that holds this rank")
+    if experts.group is not None: raise ValueError("this layer's experts are spread over ranks already: call expert_parallel once")
+    count = experts.up_proj.shape[0]
+    if count % ranks: raise ValueError(f"{ranks} ranks cannot share {count} experts evenly: choose a number of ranks that divides {count}")
+    own = slice(rank * count // ranks, (rank + 1) * count // ranks)
+    for name, stack in list(experts.named_parameters()):
+        setattr(experts, name, nn.Parameter(stack.detach()[own].clone(), stack.requires_grad))      # clone: a slice would keep the whole in memory
+    experts.group = group
+    return layer
+
+
+# %% 7 · The layer  [LatentMoE; Ultra; HF for the names]
 #     z = W_down x                          d -> l, once a token         fc1_latent_proj
 #     r = sum_i p_i E_i(z)                  in the latent                experts
 #     y = W_up r + Shared(x)                l -> d, once a token         fc2_latent_proj, shared_experts
@@ -328,17 +419,21 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """All routed experts of a layer, stacked. `recipe` puts both products into NVFP4; `draw_seed` feeds its stochastic rounding."""
+    """All routed experts of a layer, stacked; or one rank's share of them, when expert_parallel has set `group`. `recipe` puts both products into
+    NVFP4; `draw_seed` feeds its stochastic rounding."""
     def __init__(self, experts: int, width: int, expert_width: int):
         super().__init__()
         self.up_proj = nn.Parameter(torch.empty(experts, expert_width, width))
         self.down_proj = nn.Parameter(torch.empty(experts, width, expert_width))
         self.recipe: nvfp4.NVFP4Recipe | None = None
         self.draw_seed: int = 0
+        self.group: dist.ProcessGroup | None = None
         for weight in (self.up_proj, self.down_proj): nn.init.normal_(weight, std=0.02)     # initializer_range  [Config]
 
     def forward(self, x_rl: Tensor, weights_rk: Tensor, experts_rk: Tensor, impl: str = "auto") -> Tensor:
-        return experts_grouped(x_rl, weights_rk, experts_rk, self.up_proj, self.down_proj, self.recipe, self.draw_seed, impl)
+        routed = x_rl, weights_rk, experts_rk, self.up_proj, self.down_proj
+        if self.group is not None: return experts_exchanged(*routed, self.group, self.recipe, self.draw_seed, impl)
+        return experts_grouped(*routed, self.recipe, self.draw_seed, impl)
 
 
 class SharedExpert(nn.Module):
@@ -379,12 +474,12 @@ class LatentMoE(nn.Module):
         y_rd = routed_rd + self.shared_experts(x_rd)
 
         # a training signal only, so decoding does not pay for it
-        aux = sequence_aux_loss(scores_re.view(b, t, -1), self.gate.k, valid_bt) if self.training else scores_re.new_zeros(())
+        aux = sequence_aux_loss(scores_re.unflatten(0, (b, t)), self.gate.k, valid_bt) if self.training else scores_re.new_zeros(())
         load_e = count_load(experts_rk, scores_re.shape[1], None if valid_bt is None else valid_bt.reshape(-1))
         return y_rd.view(b, t, d), Balance(aux, load_e)
 
 
-# %% 7 · Measurements
+# %% 8 · Measurements
 # What this stage claims, as numbers: the price of a layer, how balance moves while a router learns, and the time of each rung.
 
 class Cost(NamedTuple):
@@ -402,7 +497,7 @@ def layer_cost(d_model: int, width: int, experts: float, k: float, expert_width:
     projections = 2 * d_model * width if width < d_model else 0
     touched = experts * (1 - (1 - k / experts) ** batch)      # experts that at least one token of the batch chose
     choices = math.lgamma(experts + 1) - math.lgamma(k + 1) - math.lgamma(experts - k + 1)
-    return Cost(parameters=experts * per_expert + projections, flops=2 * (k * per_expert + projections), sent_bytes=2 * k * width * 2,
+    return Cost(parameters=experts * per_expert + projections, flops=2 * (k * per_expert + projections), sent_bytes=all_to_all_bytes(k, width),
                 read_bytes=touched * per_expert * 4.5 / 8 + projections * 2, log10_choices=choices / math.log(10))
 
 
@@ -482,7 +577,7 @@ def plot_balance(runs: dict[str, tuple[list[float], Tensor, float]], path: Path)
     nvfp4.save_figure(figure, path)
 
 
-# %% 8 · Demo
+# %% 9 · Demo
 
 @dataclass(frozen=True)
 class Config:
