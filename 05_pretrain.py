@@ -9,7 +9,7 @@ Run:       python 05_pretrain.py                     # minutes on 2 CPU cores: c
            python 05_pretrain.py --data my/*.txt --out out/mine --branches    # your own text, no branches
            python 05_pretrain.py --branch-from out/pretrain/step-000410 --precision nvfp4 --branch-steps 40
 Contents:  1 config   2 tokenizer   3 token shards   4 packed batches and blend   5 schedule and optimizer   6 checkpoints
-           7 merging checkpoints   8 health   9 trainer   10 bits per byte   11 branches   12 figures and text   13 command
+           7 merging checkpoints   8 health   9 trainer   10 bits per byte   11 branches   12 samples and tables   13 command
 Letters:   b batch  t time  v vocabulary  m MoE layer  e experts
 """
 from __future__ import annotations
@@ -57,7 +57,7 @@ class PretrainConfig:
     """Pretrains one preset of stage 04."""
     preset: Preset = "tiny"
     data: tuple[str, ...] = ()       # built-in sources by name, files (.txt .jsonl .parquet), hf:NAME; nothing = all built-in sources
-    out: Path = Path("out")          # figures and result rows; checkpoints in out/pretrain, text and tokens in out/data
+    out: Path = Path("out")          # result rows; metrics and checkpoints in out/pretrain, text and tokens in out/data
     steps: int = 600                 # optimizer steps, ours: about 3 minutes on 2 cores; Ultra takes 794,728
     batch: int = 4                   # sequences a step, ours: Ultra 3,072
     seq: int = 256                   # tokens a sequence, ours: Ultra 8,192
@@ -291,20 +291,23 @@ class Blend:
 
 
 class Batches:
-    """step -> Batch, for a run of `steps` steps (and any number beyond, in the second phase)."""
-    def __init__(self, shards: dict[str, Shard], blend: Blend, batch: int, seq: int, steps: int, seed: int, extra: int = 0):
+    """step -> Batch, for a run of `steps` steps (and any number beyond, in the second phase). Of `ranks` that share a step, rank i gets every row
+    i, i + ranks, .. of it: together they read what one would read alone."""
+    def __init__(self, shards: dict[str, Shard], blend: Blend, batch: int, seq: int, steps: int, seed: int, extra: int = 0, rank: int = 0,
+                 ranks: int = 1):
         total = sum(len(s.tokens) for s in shards.values())
         if total < batch * seq + 1:
             raise ValueError(f"the corpus has {total:,} tokens and one batch of {batch} × {seq} needs {batch * seq + 1:,}: "
                              "give more text, or lower --batch or --seq.")
-        self.batch, self.seq, self.names = batch, seq, list(blend.phase1)
+        if batch % ranks: raise ValueError(f"a batch of {batch} sequences cannot be shared by {ranks} ranks: choose a multiple.")
+        self.batch, self.seq, self.names, self.rank, self.ranks = batch, seq, list(blend.phase1), rank, ranks
         self.streams = [Stream(shards[name], (seed, zlib.crc32(name.encode()))) for name in self.names]      # each source has its own order
         self.plan = blend.plan((steps + extra) * batch, steps * batch)
         self.turn = np.empty(len(self.plan), np.int64)      # which window of its source each one is
         for i in range(len(self.names)): self.turn[self.plan == i] = np.arange((self.plan == i).sum())
 
     def __call__(self, step: int) -> Batch:
-        rows = range(step * self.batch, (step + 1) * self.batch)
+        rows = range(step * self.batch + self.rank, (step + 1) * self.batch, self.ranks)
         # windows overlap by one token: the last label of one is the first input of the next, and every token is predicted once
         windows = [self.streams[self.plan[r]].window(int(self.turn[r]) * self.seq, self.seq + 1) for r in rows]
         return Batch.from_windows(*(np.stack(x) for x in zip(*windows)))
@@ -313,6 +316,23 @@ class Batches:
         """How often each source has been read after `step` steps."""
         seen = np.bincount(self.plan[:step * self.batch], minlength=len(self.names)) * self.seq
         return {name: float(seen[i] / stream.size) for i, (name, stream) in enumerate(zip(self.names, self.streams))}
+
+
+class LongShort:
+    """step -> Batch of the long-context phase: most steps read long windows, the others short ones, and no step mixes lengths  [Ultra: 92 % of the
+    steps at 1M tokens, 8 % at 4K]. Every step has the same number of tokens, so a long one has fewer windows."""
+    def __init__(self, long: Batches, short: Batches, share: float = 0.92):
+        if long.batch * long.seq != short.batch * short.seq:
+            raise ValueError(f"long steps have {long.batch * long.seq:,} tokens and short ones {short.batch * short.seq:,}: they must be equal.")
+        if not 0 <= share <= 1: raise ValueError(f"share = {share} of long steps must lie in [0, 1].")
+        self.long, self.short, self.share = long, short, share
+
+    def is_long(self, step: int) -> bool:
+        """Evenly spread: of n steps, round(share · n) are long."""
+        return math.floor((step + 1) * self.share + 0.5) > math.floor(step * self.share + 0.5)
+
+    def __call__(self, step: int) -> Batch:
+        return (self.long if self.is_long(step) else self.short)(step)
 
 
 # %% 5 · Schedule and optimizer  [Ultra, pretraining; Megatron, optimizer_param_scheduler]
@@ -522,17 +542,24 @@ class NotFinite(ValueError):
 class Trainer:
     """A model on its way. batches: step -> Batch; objective: (model, Batch) -> Losses, stage 04's loss unless a later stage brings its own."""
     def __init__(self, config: PretrainConfig, model: nemotron.Nemotron, batches: Callable[[int], Batch], home: Path,
-                 tokenizer: Tokenizer | None = None, objective: Callable | None = None, data_hash: str = ""):
+                 tokenizer: Tokenizer | None = None, objective: Callable | None = None, data_hash: str = "",
+                 recipe: nvfp4.NVFP4Recipe | None = None):
         self.config, self.batches, self.home, self.tokenizer, self.data_hash = config, batches, Path(home), tokenizer, data_hash
         self.objective = objective or (lambda model, x: nemotron.loss(model, *x, mtp_weight=config.mtp_weight, aux_weight=config.aux_weight))
         self.model = model.to(config.device).train()
-        if config.precision == "nvfp4": nemotron.apply_recipe(self.model, nvfp4.NVFP4Recipe())
+        if config.precision == "nvfp4": nemotron.apply_recipe(self.model, recipe or nvfp4.NVFP4Recipe())
         self.model.recompute = config.recompute
         self.optimizer = make_optimizer(self.model, config)
         self.sums = self.load_me = None      # of the step at hand: losses (total, main, aux, one a depth) and gradient norm; tokens per expert
         self.draws = draw_table(self.model, config, step=0).to(config.device)
         self.compute = Recorded(self.compute_step) if config.record and config.device == "cuda" else self.compute_step
         self.step, self.rows, self.saved_step, self.decay_from, self.spikes = 0, [], None, None, SpikeDetector()
+
+    def use_recipe(self, recipe: nvfp4.NVFP4Recipe) -> None:
+        """From the next step on other switches for the layers in 4 bits; replace(recipe, forward=False) leaves NVFP4 in the forward pass  [NVFP4]."""
+        for module in self.model.quantised():
+            if getattr(module, "recipe", None) is not None: module.recipe = recipe      # experts outside the recipe have None
+        if isinstance(self.compute, Recorded): self.compute = Recorded(self.compute_step)
 
     @property
     def last_step(self) -> int:
@@ -780,52 +807,7 @@ def compare_branches(config: PretrainConfig, data: Data) -> dict[str, list[dict]
     return runs
 
 
-# %% 12 · Figures and text
-
-def smooth(values: list[float], width: int) -> np.ndarray:
-    """Mean of the last `width` values at each point (of fewer at the beginning)."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    ends = np.arange(1, len(values) + 1)
-    begins = np.maximum(ends - width, 0)
-    return (sums[ends] - sums[begins]) / (ends - begins)
-
-
-def plot_gaps(ax, branches: dict[str, list[dict]]) -> None:
-    """How far each branch's loss lies from the first branch's, step by step: the losses themselves would lie on one line."""
-    (first, reference), *others = branches.items()
-    steps = [row["step"] for row in reference]
-    for (precision, run), colour in zip(others, ("#c0392b", "#3d8b4f", "#7d3c98")):
-        ax.plot(steps, [100 * (r["loss"] / q["loss"] - 1) for r, q in zip(run, reference)], color=colour, marker=".", linewidth=1, label=precision)
-        ax.axhline(100 * relative_gap(run, reference), xmin=0.5, color=colour, linewidth=2)
-    ax.axhline(0, color="0.3", linewidth=1)
-    ax.set_title("Same checkpoint, same data, fewer bits: loss "
-                 + ", ".join(f"{100 * relative_gap(run, reference):+.2f} % in {p}" for p, run in others))
-    ax.set_xlabel("optimizer step"); ax.set_ylabel(f"loss against {first} (%)")
-    ax.text(0.99, 0.95, "thick line: mean of the second half", transform=ax.transAxes, ha="right", fontsize=9, color="0.35"); ax.legend(frameon=False)
-
-
-def plot_run(rows: list[dict], branches: dict[str, list[dict]], config: PretrainConfig, path: Path) -> None:
-    """Figure: the loss by step with the learning rate behind it; beside it the branches."""
-    fig, axes = nvfp4.new_figure(columns=2 if len(branches) > 1 else 1)
-    ax = axes[0] if len(branches) > 1 else axes
-    steps, loss = [r["step"] for r in rows], [r["loss"] for r in rows]
-    line = smooth(loss, max(1, len(loss) // 30))
-    ax.plot(steps, loss, color="#9fb8d8", linewidth=0.7, label="each step")
-    ax.plot(steps, line, color="#1f4e8c", linewidth=2, label="mean of recent steps")
-    ax.set_title(f"The model learns: loss {loss[0]:.1f} at the first step, {line[-1]:.2f} at the last")
-    ax.set_xlabel("optimizer step"); ax.set_ylabel("training loss (nats a token)")
-    rate = ax.twinx()
-    rate.fill_between(steps, [r["lr"] for r in rows], color="#e8a33d", alpha=0.25, linewidth=0)
-    rate.set_ylim(0, 3 * config.lr); rate.set_ylabel("learning rate (orange area)"); rate.grid(False)
-    marks = {config.steps - config.decay_steps: ["decay"]}
-    marks.setdefault(round(config.blend_switch * config.steps), []).insert(0, "second blend")      # other text: part of the fall is not learning
-    for step, what in marks.items():
-        ax.axvline(step, color="0.5", linestyle=":", linewidth=1)
-        ax.text(step, 0.98, " and ".join(what) + " ", transform=ax.get_xaxis_transform(), rotation=90, ha="right", va="top", fontsize=9, color="0.35")
-    ax.legend(loc="upper center", frameon=False)
-    if len(branches) > 1: plot_gaps(axes[1], branches)
-    nvfp4.save_figure(fig, path)
-
+# %% 12 · Samples and tables
 
 # three kinds of text, each with the temperature that suits it: a sum has one right answer
 PROMPTS = [("a story", "Once upon a time", 0.7), ("a Python function", "class File:\n    def __init__(self, name):\n", 0.4),
@@ -937,7 +919,6 @@ def main(config: PretrainConfig) -> None:
     branches = compare_branches(config, data)
     bits = evaluate(trainer, data.held_out)
     samples = write_samples(trainer.model, data.tokenizer, config.seed)
-    plot_run(trainer.rows, branches, config, config.out / "05_loss.png")
     tail = trainer.rows[-max(1, len(trainer.rows) // 30):]
     gaps = {p: relative_gap(rows, branches[config.branches[0]]) for p, rows in branches.items() if p != config.branches[0]}
     nvfp4.write_row(config.out, "05_pretrain", preset=config.preset, precision=config.precision, seed=config.seed, steps=config.steps,
@@ -945,8 +926,8 @@ def main(config: PretrainConfig) -> None:
                     bits_per_byte={k: round(v, 4) for k, v in bits.items()}, branch_gap={k: round(v, 5) for k, v in gaps.items()}, samples=samples,
                     tokens_per_s=float(np.median([r["tokens_per_s"] for r in trainer.rows])), python=data.record["python"],
                     threads=torch.get_num_threads(), seconds=round(time.perf_counter() - began, 1))
-    print(f"\nfigure: {config.out / '05_loss.png'}   checkpoint: {trainer.home / f'step-{trainer.step:06d}'}   "
-          f"metrics: {trainer.home / 'metrics.jsonl'}   {time.perf_counter() - began:.0f} s")
+    print(f"\ncheckpoint: {trainer.home / f'step-{trainer.step:06d}'}   metrics: {trainer.home / 'metrics.jsonl'}; "
+          f"python experiments/plot_run.py --home {trainer.home} draws them   {time.perf_counter() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ run: $(SETUP)
 	$(PY) 03_latentmoe.py
 	$(PY) 04_model.py
 	$(PY) 05_pretrain.py --fresh
+	$(PY) experiments/plot_run.py
 	@$(PY) experiments/table.py summary
 
 test: $(SETUP)
