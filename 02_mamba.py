@@ -1,19 +1,19 @@
 """02 · Mamba-2: the layer that reads a sequence with a state of fixed size, from the recurrence to chunks of matrix products.
 
 You write the same sequence map three times: a recurrence (linear in time, one token after the other), a masked attention matrix (parallel,
-quadratic) and a chunked scan (parallel inside a chunk, linear over chunks). Around it grow a short convolution, a gated norm, the layer as
-Nemotron 3 releases it, and the one-token step with the cache that decoding uses.
+quadratic) and a chunked scan (parallel inside a chunk, linear over chunks). Around it grow a short convolution, a gated norm, the one-token
+step that decoding uses, the exchange between GPUs that share one sequence, and the layer as Nemotron 3 releases it.
 
-Left out: splitting one sequence over several GPUs (context parallelism; the state goes in and comes out of every function, which is the
-          door for it), the bookkeeping of slots, drafts and replays (decoding, stage 08), the Triton kernels.
+Left out: starting several processes and cutting the sequence for them (stage 05), the bookkeeping of slots, drafts and replays (decoding,
+          stage 08), the Triton kernels.
 Sources:  [M2] Dao & Gu, Transformers are SSMs, 2405.21060; [M1] Gu & Dao, Mamba, 2312.00752; [Ultra] Nemotron 3 Ultra report, 2606.15007;
           [Config] its released config.json; [HF] modeling_nemotron_h.py in transformers; [Megatron] Megatron-LM's Mamba mixer.
 Run:      python 02_mamba.py          # CPU, 10 s: compares the three rungs, shows what heads remember and what a cache costs, figures in out/
           python 02_mamba.py --impl triton     # GPU: adds the kernel to the table
 Contents: 1 Documents and arguments   2 Recurrence   3 Quadratic form   4 Chunked scan   5 Causal convolution   6 Norms
-          7 One decode step   8 The layer and its cache   9 Measurements   10 Figures   11 Main
+          7 One decode step   8 Context parallelism   9 The layer and its cache   10 Measurements   11 Figures   12 Main
 Letters:  b batch  t time  s source time  d model width  h heads  g groups  p head width  n state  c conv channels  r flattened rows (b·t);
-          and in this file only: w taps of the convolution, i inner width (h·p), j heads of one group (h/g), q their rows (j·p)
+          and in this file only: w taps of the convolution, i inner width (h·p), j heads of one group (h/g), q their rows (j·p), k ranks
 """
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -233,7 +234,7 @@ class _ChunkedScan(torch.autograd.Function):
         x_bthp, dt_bth, A_h, B_btgn, C_btgn, D_h, segment_bt, y_bthp, *states = ctx.saved_tensors
         t, g = x_bthp.shape[1], B_btgn.shape[2]
         dx_bthp, ddt_bth, dB_btgn, dC_btgn = (torch.empty_like(z, memory_format=torch.contiguous_format) for z in (x_bthp, dt_bth, B_btgn, C_btgn))
-        dA_h, dD_h = torch.zeros_like(A_h), torch.zeros_like(D_h)
+        dA_h, dD_h, dS_bhpn = torch.zeros_like(A_h), torch.zeros_like(D_h), dS_bhpn.contiguous()
         with full_precision(x_bthp):
             for i in reversed(range(len(states) - 1)):
                 part = slice(i * ctx.chunk, min((i + 1) * ctx.chunk, t))
@@ -535,7 +536,131 @@ def ssd_step(x, dt, A_h, B, C, D_h=None, state_bhpn=None, doc_b=None, slots_b=No
     return torch.stack(ys, 1).view(x.shape), state
 
 
-# %% 8 · The layer and its cache  [HF; Megatron]
+# %% 8 · Context parallelism  [M2, sequence parallelism]
+# A long sequence is cut into pieces of equal length: of k ranks, rank r holds tokens r·t/k .. (r+1)·t/k. Ultra trains on 1,048,576 tokens over
+# 32 ranks, 32,768 each  [Ultra, long context]. Two things cross a cut: the convolution's halo (the last w - 1 inputs before the piece) and the
+# state. No rank waits for the state before it scans, because the recurrence is linear in the state it starts from:
+#     y_t = (y_t from a zero state) + exp(cs_t) S_in C_t         S_in of rank r = sum over j < r of  exp(sum of dt A on ranks j+1 .. r-1) S_j
+# with S_j what rank j ends with when it starts from zero, and cs counted from the piece's start. All ranks scan at once, exchange, and add.
+# ours: one all-gather of S_j and the sum of dt A; then each rank adds up what lies before it. A rank sends one state a layer, whatever the length:
+# Ultra's 256 · 64 · 128 numbers in fp32 are 8.4 MB at batch 1  [Config]. An attention layer's keys and values grow with t: 2 · 2 heads · 128 in
+# bf16 are 33.6 MB for 32,768 tokens. A chain, in which each rank adds its state and passes the sum on, takes k - 1 rounds one after the other; the
+# all-gather takes one. But a rank receives k - 1 states, in a chain one and in a tree scan about log2 k: for many ranks these send less.
+# Megatron sends activations instead: an all-to-all gives each rank the whole sequence of some heads, and no scan needs a correction  [Megatron].
+# Documents and padding mean what they mean on one device, wherever the cuts are: what crosses a cut stops at a change of document.
+
+class ContextGroup(NamedTuple):
+    """The ranks that hold the pieces of one sequence, in the order of time, all with the same batch rows."""
+    group: dist.ProcessGroup
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank(self.group)
+
+    @property
+    def size(self) -> int:
+        return dist.get_world_size(self.group)
+
+
+class _GatherRanks(torch.autograd.Function):
+    """Forward: all-gather. Backward: every rank has read my slice, so its gradient is the sum of theirs, a reduce-scatter."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup):
+        ctx.group, every = group, x.new_empty(dist.get_world_size(group), *x.shape)
+        dist.all_gather(list(every.unbind(0)), x.contiguous(), group=group)
+        return every
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, devery: Tensor):
+        dx = torch.empty_like(devery[0], memory_format=torch.contiguous_format)
+        dist.reduce_scatter(dx, list(devery.contiguous().unbind(0)), group=ctx.group)
+        return dx, None
+
+
+def gather_ranks(x: Tensor, context: ContextGroup) -> Tensor:
+    """x [...], of one shape on all ranks -> [k, ...], all of theirs.
+
+    PITFALL: the backward pass is a collective too. A rank that drops the result before its loss never calls it, and the others wait forever:
+    rank 0, which has nobody before it, must read an empty slice.
+    """
+    return _GatherRanks.apply(x, context.group)
+
+
+def last_inputs(x_btc: Tensor, doc_bt: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The last `count` tokens that are not padding, oldest first -> (inputs [b, count, c], their ids [b, count]); 0 and -1 where there are fewer."""
+    b, t = doc_bt.shape
+    real_bt = torch.arange(t, device=doc_bt.device).masked_fill(doc_bt < 0, -1)
+    place_bt = F.pad(real_bt, (count, 0), value=-1).topk(count, dim=1).values.flip(1)
+    x = x_btc[torch.arange(b, device=doc_bt.device)[:, None], place_bt.clamp(min=0)]
+    absent_bt = place_bt < 0
+    return x.masked_fill(absent_bt[..., None], 0), doc_bt.gather(1, place_bt.clamp(min=0)).masked_fill(absent_bt, -1)
+
+
+def conv_halo(x_btc: Tensor, doc_bt: Tensor | None, taps: int, context: ContextGroup) -> Tensor:
+    """The convolution's inputs before this rank's piece, causal_conv1d's window [b, taps-1, c]; 0 where they are of another document.
+
+    Each rank sends its last taps - 1 real tokens. A piece may hold fewer, so the halo is taken from what all the ranks before sent.
+    """
+    b, t, c = x_btc.shape
+    if taps == 1: return x_btc.new_zeros(b, 0, c)
+    if doc_bt is None: doc_bt = torch.zeros(b, t, dtype=torch.int64, device=x_btc.device)
+    mine_btc, ids_bt = last_inputs(x_btc, doc_bt, taps - 1)
+    tape_btc, ids_bt = (gather_ranks(z, context).transpose(0, 1).flatten(1, 2) for z in (mine_btc, ids_bt))
+    later_t = torch.arange(ids_bt.shape[1], device=x_btc.device) >= context.rank * (taps - 1)
+    halo_btc, ids_bt = last_inputs(tape_btc, ids_bt.masked_fill(later_t, -1), taps - 1)
+    # ids may come back, so equal ids are not enough: no change of document may lie between the entry and my first token
+    segment_bt = segments(torch.cat([ids_bt, fill_padding(doc_bt)[:, :1]], 1))
+    return halo_btc.masked_fill((segment_bt[:, :-1] != segment_bt[:, -1:])[..., None], 0)
+
+
+def piece_segments(doc_bt: Tensor, context: ContextGroup) -> tuple[Tensor, Tensor]:
+    """The segment of the whole sequence in which each rank's piece begins, and in which it ends, int64 [k, b] each.
+
+    Three ranks:   5 5 | 5 6 | 6 -1 -> begins 0 0 1, ends 0 1 1.
+    """
+    filled_bt = fill_padding(doc_bt)
+    first_kb, last_kb, changes_kb = gather_ranks(torch.stack([filled_bt[:, 0], filled_bt[:, -1], segments(doc_bt)[:, -1]]), context).unbind(1)
+    # a piece of padding only has id -1 at both ends: it belongs to the document before it, as all padding does
+    ends_bt = fill_padding(torch.stack([first_kb, last_kb], 1).flatten(0, 1).T)
+    at_cut_kb = F.pad(ends_bt[:, 2::2] != ends_bt[:, 1:-1:2], (1, 0)).T
+    ends_kb = (at_cut_kb + changes_kb).cumsum(0)
+    return ends_kb - changes_kb, ends_kb
+
+
+def pass_state(S_bhpn: Tensor, log_decay_bh: Tensor, doc_bt: Tensor | None, context: ContextGroup) -> Tensor:
+    """The state that enters this rank's piece [b, h, p, n], from what each rank's piece leaves when it starts from zero (S_bhpn) and the sum of
+    dt A over it (log_decay_bh). Three ranks with S = 1 2 4, each halving what comes in: into rank 2 go 1 · 1/2 + 2 = 2.5."""
+    rank = context.rank
+    every_kbhx = gather_ranks(torch.cat([S_bhpn.flatten(2), log_decay_bh[..., None]], -1), context)[:rank]
+    S_kbhpn, log_kbh = every_kbhx[..., :-1].unflatten(-1, S_bhpn.shape[2:]), every_kbhx[..., -1]
+    # PITFALL: add logarithms, from my piece backwards. A product of decays underflows, and a difference of sums from rank 0 on loses a small
+    # decay behind a large one.
+    between_kbh = F.pad(log_kbh, (0, 0, 0, 0, 0, 1))[1:].flip(0).cumsum(0).flip(0)
+    weight_kbh = fade(between_kbh)
+    if doc_bt is not None:
+        begins_kb, ends_kb = piece_segments(doc_bt, context)
+        weight_kbh = weight_kbh * (ends_kb[:rank] == begins_kb[rank])[..., None]
+    return torch.einsum("kbh,kbhpn->bhpn", weight_kbh, S_kbhpn)
+
+
+def ssd_across_ranks(x_bthp, dt_bth, A_h, B_btgn, C_btgn, D_h, chunk: int, doc_bt, context: ContextGroup, impl: str = "auto") -> Tensor:
+    """-> this rank's piece of the y_bthp that ssd_chunked gives for the whole sequence."""
+    y_bthp, S_bhpn = ssd_chunked(x_bthp, dt_bth, A_h, B_btgn, C_btgn, D_h, chunk, None, doc_bt, impl)
+    (b, t, h, p), g, pad_bt = x_bthp.shape, B_btgn.shape[2], padding(doc_bt)
+    with full_precision(x_bthp):
+        log_bth = dt_bth.to(S_bhpn.dtype) * A_h.to(S_bhpn.dtype)
+        if pad_bt is not None: log_bth = log_bth.masked_fill(pad_bt[..., None], 0)
+        cs_bth = log_bth.cumsum(1)
+        into_bth = fade(cs_bth)
+        if doc_bt is not None: into_bth = into_bth * (segments(doc_bt) == 0)[..., None]
+        S_bhpn = pass_state(S_bhpn, cs_bth[:, -1], doc_bt, context)
+        carried_bhpt = (by_group(S_bhpn, g) @ C_btgn.to(S_bhpn.dtype).permute(0, 2, 3, 1)).view(b, h, p, t)
+        return finish(y_bthp + carried_bhpt.permute(0, 3, 1, 2) * into_bth[..., None], pad_bt, x_bthp.dtype)
+
+
+# %% 9 · The layer and its cache  [HF; Megatron]
 # One matrix makes everything at once: gate z, input x, B, C (these three pass the convolution) and a raw step per head. A token therefore
 # chooses how much to write (dt, B), what to read (C) and how fast to forget (dt again). The recurrence stays linear; what makes it
 # a language model's layer is that its coefficients depend on the text.
@@ -553,6 +678,8 @@ class MambaCache:
 
 class Mamba2(nn.Module):
     """x [b, t, d] -> [b, t, d]. Parameters carry the released names and shapes; in_proj's rows are z | x | B | C | dt."""
+
+    context: ContextGroup | None = None     # set it, and x and doc_bt are this rank's piece of the sequence (section 8)
 
     def __init__(self, d_model: int, heads: int, head_dim: int, groups: int, state: int, conv_kernel: int = 4, chunk: int = 128,
                  time_step_limit: tuple[float, float] = (0.0, math.inf), eps: float = 1e-5, dt_min: float = 1e-3, dt_max: float = 0.1,
@@ -587,8 +714,11 @@ class Mamba2(nn.Module):
     def forward(self, x_btd: Tensor, doc_bt: Tensor | None = None, cache: MambaCache | None = None, impl: str = "auto") -> Tensor:
         """doc_bt: document ids, -1 is padding. With a cache the tokens follow those it has seen; prefill in pieces equals all at once."""
         h, p, g, n = self.heads, self.head_dim, self.groups, self.state
+        if self.context is not None and cache is not None:
+            raise ValueError("a layer with a context group takes no cache: a cache holds the end of a sequence, which only the last rank would have.")
         window, S_bhpn = (None, None) if cache is None else (cache.window_btc, cache.state_bhpn)
         z_bti, xBC_btc, dt_bth = self.in_proj(x_btd).split([h * p, h * p + 2 * g * n, h], dim=-1)
+        if self.context is not None: window = conv_halo(xBC_btc, doc_bt, self.conv1d.weight.shape[-1], self.context)
         xBC_btc, window = causal_conv1d(xBC_btc, self.conv1d.weight, self.conv1d.bias, window, doc_bt, impl)
         x_bti, B_bti, C_bti = xBC_btc.split([h * p, g * n, g * n], dim=-1)
         x_bthp, B_btgn, C_btgn = x_bti.unflatten(-1, (h, p)), B_bti.unflatten(-1, (g, n)), C_bti.unflatten(-1, (g, n))
@@ -600,6 +730,8 @@ class Mamba2(nn.Module):
             doc_b = None if doc_bt is None else doc_bt[:, 0]
             y_bhp, S_bhpn = ssd_step(x_bthp[:, 0], dt_bth[:, 0], A_h, B_btgn[:, 0], C_btgn[:, 0], self.D, S_bhpn, doc_b, impl=impl)
             y_bthp = y_bhp[:, None]
+        elif self.context is not None:
+            y_bthp = ssd_across_ranks(x_bthp, dt_bth, A_h, B_btgn, C_btgn, self.D, self.chunk, doc_bt, self.context, impl)
         else:
             y_bthp, S_bhpn = ssd_chunked(x_bthp, dt_bth, A_h, B_btgn, C_btgn, self.D, self.chunk, S_bhpn, doc_bt, impl)
         if cache is not None:
@@ -608,7 +740,7 @@ class Mamba2(nn.Module):
         return self.out_proj(self.norm(y_bthp.flatten(2), z_bti, impl))
 
 
-# %% 9 · Measurements
+# %% 10 · Measurements
 
 def random_inputs(b: int, t: int, h: int, p: int, g: int, n: int, seed: int, dtype=torch.float32) -> tuple[Tensor, ...]:
     """x, dt, A, B, C, D with steps and decays as a fresh layer has them."""
@@ -675,7 +807,7 @@ def measure_decode(seed: int = 0, prompt: int = 33, steps: int = 8) -> float:
     return ((torch.cat(pieces, 1) - whole).abs().max() / whole.abs().max()).item()
 
 
-# %% 10 · Figures
+# %% 11 · Figures
 
 def plot_rungs(rows: list[dict], path: Path, where: str = "one thread") -> None:
     fig, (left, right) = nvfp4.new_figure(columns=2)
@@ -725,7 +857,7 @@ def plot_cache(state: int, window: int, kv_token: int, path: Path) -> None:
     nvfp4.save_figure(fig, path)
 
 
-# %% 11 · Main
+# %% 12 · Main
 
 @dataclass(frozen=True)
 class Config:
