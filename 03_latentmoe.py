@@ -32,7 +32,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-nvfp4 = importlib.import_module("01_nvfp4")
+nvfp4, mamba = (importlib.import_module(name) for name in ("01_nvfp4", "02_mamba"))
 
 # %% 1 · Router  [Ultra; Megatron, router]
 # One score per expert, each on its own (a sigmoid, not a softmax: experts do not compete for a fixed sum). A bias decides with the score
@@ -258,8 +258,9 @@ def experts_grouped(x_rl: Tensor, weights_rk: Tensor, experts_rk: Tensor, up_efl
 #     a bias moved after each step  b_i <- b_i + 1e-3 · sign(mean load - load_i)
 # f_i is the share of the choices that fell on expert i, P_i its mean share of the score. Even routing gives L = 1.
 
-def sequence_aux_loss(scores_bte: Tensor, k: int, valid_bt: Tensor | None = None) -> Tensor:
+def sequence_aux_loss(scores_bte: Tensor, k: int, valid_bt: Tensor | None = None, context: mamba.ContextGroup | None = None) -> Tensor:
     """Balance loss, a mean over the sequences that hold a valid token. The gradient flows through P only; choices are counted.
+    With a context the t tokens are this rank's piece of each sequence, and all ranks get the loss of the whole.
 
     One sequence, two tokens, scores (.6 .2) and (.6 .2), k 1:  f = 1 0, P = .75 .25, L = 2 · .75 = 1.5
     """
@@ -273,6 +274,7 @@ def sequence_aux_loss(scores_bte: Tensor, k: int, valid_bt: Tensor | None = None
     chosen_btk = scores_bte.detach().topk(k, dim=-1).indices
     f_be = torch.zeros_like(tokens_b1).expand(b, e).scatter_add(1, chosen_btk.view(b, t * k), valid_bt1.expand(b, t, k).reshape(b, t * k))
     P_be = (scores_bte / (scores_bte.sum(-1, keepdim=True) + 1e-20) * valid_bt1).sum(1)
+    if context is not None: tokens_b1, f_be, P_be = mamba.gather_ranks(torch.cat([tokens_b1, f_be, P_be], 1), context).sum(0).split([1, e, e], 1)
     loss_b = e * (f_be / k * P_be).sum(1) / tokens_b1[:, 0].clamp(min=1) ** 2
     return loss_b.sum() / (tokens_b1 > 0).sum().clamp(min=1)
 
@@ -363,13 +365,25 @@ def experts_exchanged(x_rl: Tensor, weights_rk: Tensor, experts_rk: Tensor, up_e
     return weighted_sum(Exchange.apply(out_ml, receive_n, send_n, group), inverse_q, weights_rk)
 
 
+class DividedGradient(torch.autograd.Function):
+    """x as it is; its gradient divided by n."""
+    @staticmethod
+    def forward(ctx, x, n):
+        ctx.n = n
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dx):
+        return dx / ctx.n, None
+
+
 def expert_parallel(layer: LatentMoE, group: dist.ProcessGroup | None) -> LatentMoE:
     """Keep this rank's share of the layer's experts, in place, as new parameters; from then on its rows travel. Before, all ranks hold equal layers.
 
     Router, latent projections and shared expert stay whole on every rank, and Balance counts this rank's tokens only.
-    NOTE: gradients. Rows of all ranks reach an expert, so its gradient is the *sum* over the group's ranks of what each rank's loss gives. The
-    parameters that stay whole see their own rank's tokens, and data parallelism takes the *mean* over ranks: the caller divides the experts'
-    gradients by the group's size to get the mean too, and averages over groups where there are several.
+    NOTE: gradients. Rows of all ranks reach an expert, so its gradient would be the *sum* over the group's ranks of what each rank's loss gives,
+    while data parallelism takes the *mean* over ranks of what stays whole. So it is divided by the group's size here: then everything is to be
+    averaged, the experts over the groups where there are several.
     """
     if group is None or dist.get_world_size(group) == 1: return layer
     ranks, rank, experts = dist.get_world_size(group), dist.get_rank(group), layer.experts
@@ -431,9 +445,10 @@ class Experts(nn.Module):
         for weight in (self.up_proj, self.down_proj): nn.init.normal_(weight, std=0.02)     # initializer_range  [Config]
 
     def forward(self, x_rl: Tensor, weights_rk: Tensor, experts_rk: Tensor, impl: str = "auto") -> Tensor:
-        routed = x_rl, weights_rk, experts_rk, self.up_proj, self.down_proj
-        if self.group is not None: return experts_exchanged(*routed, self.group, self.recipe, self.draw_seed, impl)
-        return experts_grouped(*routed, self.recipe, self.draw_seed, impl)
+        routed, stacks = (x_rl, weights_rk, experts_rk), (self.up_proj, self.down_proj)
+        if self.group is None: return experts_grouped(*routed, *stacks, self.recipe, self.draw_seed, impl)
+        stacks = (DividedGradient.apply(stack, dist.get_world_size(self.group)) for stack in stacks)
+        return experts_exchanged(*routed, *stacks, self.group, self.recipe, self.draw_seed, impl)
 
 
 class SharedExpert(nn.Module):
@@ -449,6 +464,8 @@ class SharedExpert(nn.Module):
 
 class LatentMoE(nn.Module):
     """The layer. latent=None is Nano's plain MoE: routed experts at full width and no projections."""
+    context: mamba.ContextGroup | None = None      # set it when x is this rank's piece of the sequences: the balance loss is of whole ones
+
     def __init__(self, d_model: int, experts: int, k: int, expert_width: int, shared_width: int, latent: int | None = None, scale: float = 1.0):
         super().__init__()
         sizes = dict(d_model=d_model, experts=experts, k=k, expert_width=expert_width, shared_width=shared_width, latent=latent)
@@ -474,7 +491,7 @@ class LatentMoE(nn.Module):
         y_rd = routed_rd + self.shared_experts(x_rd)
 
         # a training signal only, so decoding does not pay for it
-        aux = sequence_aux_loss(scores_re.unflatten(0, (b, t)), self.gate.k, valid_bt) if self.training else scores_re.new_zeros(())
+        aux = sequence_aux_loss(scores_re.unflatten(0, (b, t)), self.gate.k, valid_bt, self.context) if self.training else scores_re.new_zeros(())
         load_e = count_load(experts_rk, scores_re.shape[1], None if valid_bt is None else valid_bt.reshape(-1))
         return y_rd.view(b, t, d), Balance(aux, load_e)
 

@@ -3,7 +3,7 @@
 Left out:  dropout, biases and positions (the report has none), pipeline and tensor parallelism, dense MLP layers ("-" in older patterns).
 Sources:   [Ultra] Nemotron 3 Ultra report, arXiv 2606.15007 · [Config] the released config.json of Nano, Super and Ultra
            [Megatron] Megatron-LM, the code that trained them · [HF] transformers' modeling_nemotron_h, the oracle of the tests
-Run:       python 04_model.py                   # 10 s, CPU: builds preset tiny, prints placement, ledger, loss at initialisation, two figures
+Run:       python 04_model.py                   # 10 s, CPU: builds preset tiny, prints placement, ledger, loss at initialisation
            python 04_model.py --preset ultra    # 5 s, CPU: builds all 560 billion parameters on the meta device and prints the ledger
            python 04_model.py --preset ultra --slice    # GPU: times one Mamba, attention and LatentMoE layer at full width, bf16 and NVFP4
 Contents:  1 config and presets   2 precision placement   3 attention   4 blocks and trunk   5 multi-token prediction
@@ -267,8 +267,15 @@ def attention_mask(doc_bs: Tensor, t: int) -> Tensor:
     return ((same_bts & causal_ts) | (index_s[s - t:, None] == index_s))[:, None]
 
 
+def up_to_here(x: Tensor, dim: int, context: mamba.ContextGroup) -> Tensor:
+    """The pieces of the ranks before this one, then its own, joined along `dim`. Every rank gathers all of them, the last needs all."""
+    return torch.cat(list(mamba.gather_ranks(x, context)[:context.rank + 1]), dim)
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention, no positions, no biases. x [b, t, d] -> [b, t, d]."""
+    context: mamba.ContextGroup | None = None      # set it, and x is this rank's piece of the sequence: keys and values come from those before it
+
     def __init__(self, d_model: int, heads: int, kv_heads: int, head_dim: int):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
@@ -282,6 +289,8 @@ class Attention(nn.Module):
         b, t, _ = x_btd.shape
         q_bhtp, k_bhtp, v_bhtp = (proj(x_btd).view(b, t, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if cache is not None: k_bhtp, v_bhtp = cache.append(k_bhtp, v_bhtp)
+        # NOTE: ours, the plainest way: few layers attend, and all their keys and values fit. The last rank has the most to do.
+        if self.context is not None: k_bhtp, v_bhtp = up_to_here(torch.stack([k_bhtp, v_bhtp]), 3, self.context)
         assert mask is not None or t in (1, k_bhtp.shape[2]), "several tokens after cached ones need a mask"
         # NOTE: is_causal aligns the first query with the first key, right only when nothing is cached; one token after a cache sees all.
         if t == 1:      # decode: the query heads that share a key head can stand side by side as its queries
@@ -341,6 +350,8 @@ class Nemotron(nn.Module):
 
     recipe: an nvfp4.NVFP4Recipe puts the linears that PLACEMENT names into 4 bits for training; None trains in the dtype at hand.
     """
+    context: mamba.ContextGroup | None = None      # set by context_parallel: the tokens are this rank's piece of the sequences
+
     def __init__(self, config: ModelConfig, recipe: nvfp4.NVFP4Recipe | None = None):
         super().__init__()
         self.config, self.recipe, self.recompute = config, None, False
@@ -368,11 +379,17 @@ class Nemotron(nn.Module):
         x_btd = x_btd.to(nvfp4.output_dtype(x_btd))      # under autocast the residual stream is in 16 bits, as in Megatron
         doc_bs = doc_bt if cache is None else cache.extend(doc_bt, b, t, ids_bt.device)
         if cache is not None and doc_bs is None and t > 1 and cache.length > t: doc_bs = ids_bt.new_zeros(b, cache.length)
-        mask = None if doc_bs is None else attention_mask(doc_bs, t)
+        mask = self.visible(doc_bs, b, t)
         for i, block in enumerate(self.backbone.layers):
             x_btd, balance = self.run(block, x_btd, doc_bt, mask, cache.layers[i] if cache is not None else None)
             if balance is not None: balances.append(balance)
         return self.backbone.norm_f(x_btd), balances
+
+    def visible(self, doc_bs: Tensor | None, b: int, t: int) -> Tensor | None:
+        """attention_mask for the last t tokens; None is plain causal. With a context over all tokens up to this rank's last."""
+        if self.context is not None:
+            doc_bs = up_to_here(torch.zeros(b, t, dtype=torch.long, device=self.lm_head.weight.device) if doc_bs is None else doc_bs, 1, self.context)
+        return None if doc_bs is None else attention_mask(doc_bs, t)
 
     def run(self, block: Block, *args):
         """One block; with self.recompute its activations are dropped and computed again in the backward pass."""
@@ -404,6 +421,13 @@ class Nemotron(nn.Module):
         for module, seeds in zip(self.quantised(), seeds_l22): module.draw_seed = seeds if isinstance(module, moe.Experts) else seeds[0]
 
     def quantised(self) -> list[nn.Module]: return [m for m in self.modules() if hasattr(m, "draw_seed")]
+
+
+def context_parallel(model: Nemotron, group) -> Nemotron:
+    """Cuts sequences over the ranks of a process group, in place: each holds an equal piece, rank 0 the beginning. `loss` takes whole sequences."""
+    for module in model.modules():
+        if hasattr(type(module), "context"): module.context = mamba.ContextGroup(group)
+    return model
 
 
 OUTPUTS = ("out_proj.weight", "o_proj.weight", "down_proj.weight", "down_proj", "fc2_latent_proj.weight")     # what writes to the residual stream
@@ -547,21 +571,31 @@ def loss(model: Nemotron, ids_bt: Tensor, labels_bt: Tensor, doc_bt: Tensor | No
 
     mtp_weight 0.1 over both depths  [Ultra]; NVIDIA's recipe code says 0.3 for Super, and per token (not halved) in SFT.
     mtp_weight 0 skips the head, aux_weight 0 the balance loss; the loads are counted either way.
+    After context_parallel every rank gives the whole sequences and gets its share: the mean over ranks is the loss.
     """
     if ids_bt.shape != labels_bt.shape: raise ValueError(f"ids {tuple(ids_bt.shape)} and labels {tuple(labels_bt.shape)} must have one shape.")
     c = model.config
     mask_bt = labels_bt >= 0 if mask_bt is None else mask_bt.bool() & (labels_bt >= 0)
     if doc_bt is not None: mask_bt = mask_bt & (doc_bt >= 0)
-    h_btd, balances = model.trunk(ids_bt, doc_bt)
-    ce = lambda h_btd, labels, mask: linear_cross_entropy(h_btd.flatten(0, 1), model.lm_head.weight, labels.flatten(), mask.flatten())
+    context = model.context
+    if context is not None and ids_bt.shape[1] % context.size:
+        raise ValueError(f"{ids_bt.shape[1]} tokens cannot be cut into {context.size} equal pieces: choose a multiple as sequence length.")
+    mine = lambda x_bt: x_bt if x_bt is None or context is None else x_bt.chunk(context.size, 1)[context.rank]
+    h_btd, balances = model.trunk(mine(ids_bt), mine(doc_bt))
+
+    def ce(h_btd, labels_bt, mask_bt):
+        mean = linear_cross_entropy(h_btd.flatten(0, 1), model.lm_head.weight, mine(labels_bt).flatten(), mine(mask_bt).flatten())
+        # the mean of the ranks' numbers is to be the mean over all tokens, of which some ranks may have more than others
+        return mean if context is None else mean * (context.size * mine(mask_bt).sum() / mask_bt.sum().clamp(min=1))
+
     main = ce(h_btd, labels_bt, mask_bt)
 
     depths = c.mtp_depths if mtp_weight and hasattr(model, "mtp") else 0
-    mtp_k, head_balances, visible = [], [], None if doc_bt is None else attention_mask(doc_bt, ids_bt.shape[1])
+    mtp_k, head_balances, visible = [], [], model.visible(mine(doc_bt), *mine(ids_bt).shape)
     for _ in range(depths):
         ids_bt, labels_bt = roll_document(ids_bt, doc_bt), roll_document(labels_bt, doc_bt)
         mask_bt = roll_document(mask_bt, doc_bt, fill=False)
-        h_btd, balance = model.mtp(model.backbone.embeddings(ids_bt), h_btd, doc_bt, visible, run=model.run)
+        h_btd, balance = model.mtp(model.backbone.embeddings(mine(ids_bt)), h_btd, mine(doc_bt), visible, run=model.run)
         mtp_k.append(ce(h_btd, labels_bt, mask_bt))
         if balance is not None: head_balances.append(balance)
 
@@ -932,42 +966,6 @@ def measure_slice(config: Config) -> None:
     nvfp4.print_table(f"{config.preset} at full width, {t:,} tokens: M Mamba, * attention, E LatentMoE", header, table)
 
 
-def plot_layers(config: ModelConfig, name: str, path: Path) -> None:
-    """Figure: every layer of a model as one tile, lettered by kind and coloured by the format its linears train in."""
-    from matplotlib.patches import Patch, Rectangle
-    fig, ax = nvfp4.new_figure(width=11, height=2.8)
-    colours, of = {"nvfp4": "#8cc46a", "high": "#a9c1de"}, {"M": "mixer.in_proj.weight", "E": "mixer.experts.up_proj", "*": "mixer.q_proj.weight"}
-    row, last = 36, (config.layers - 1) // 36
-    for i, letter in enumerate(config.pattern):
-        ax.add_patch(Rectangle((i % row, -(i // row)), 0.9, 0.9, color=colours[placement_of(f"backbone.layers.{i}.{of[letter]}", config)[0]]))
-        ax.text(i % row + 0.45, 0.43 - i // row, {"M": "M", "E": "E", "*": "A"}[letter], ha="center", va="center", fontsize=9)
-    ax.set_xlim(-0.2, row + 0.1); ax.set_ylim(-last - 1.5, 1.1); ax.axis("off")
-    ax.text(0, -last - 0.5, "read left to right, top to bottom:   M  Mamba-2      E  mixture of experts      A  attention", fontsize=10)
-    ax.set_title(f"{name}, {config.layers} layers: attention and the last 15 % train in 16 bits, the rest in 4")
-    ax.legend(handles=[Patch(color=colours["nvfp4"], label="4-bit NVFP4 (Mamba output projections 8-bit MXFP8, latent projections 16-bit)"),
-                       Patch(color=colours["high"], label="16-bit")], loc="lower left", ncols=2, frameon=False, bbox_to_anchor=(0, -0.08))
-    nvfp4.save_figure(fig, path)
-
-
-def plot_presets(books: dict[str, Ledger], path: Path) -> None:
-    """Figure: where the parameters sit and where one token's work goes, by preset."""
-    fig, axes = nvfp4.new_figure(columns=2, width=6.2, height=3.4)
-    groups = {"embedding and output": ("embedding", "output layer"), "routed experts": ("routed experts",), "shared experts": ("shared experts",),
-              "Mamba": ("Mamba linears", "Mamba", "Mamba conv, A, D, dt, norms"), "attention": ("attention",),
-              "router and latent": ("router and latent", "latent projections", "router and norm", "final norm")}
-    titles = {"parts": ("In the released sizes nearly all parameters are routed experts", "% of parameters"),
-              "flops_per_token": ("Work for one token: spread over all kinds of layer", "% of forward FLOPs at 8,192 tokens of context")}
-    for ax, (part, (title, unit)) in zip(axes, titles.items()):
-        left = [0.0] * len(books)
-        for label, keys in groups.items():
-            share = [100 * sum(getattr(b, part).get(k, 0) for k in keys) / sum(getattr(b, part).values()) for b in books.values()]
-            ax.barh(list(books), share, left=left, label=label)
-            left = [a + b for a, b in zip(left, share)]
-        ax.set_title(title); ax.set_xlabel(unit); ax.invert_yaxis(); ax.grid(False)
-    axes[1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    nvfp4.save_figure(fig, path)
-
-
 @dataclass(frozen=True)
 class Config:
     """Builds one preset and prints what it is made of."""
@@ -990,10 +988,8 @@ def main(config: Config) -> None:
     books = measure_ledgers()
     row = dict(preset=config.preset, total=books[config.preset].total, active=books[config.preset].active, mtp=books[config.preset].mtp)
     if config.preset in ("tiny", "small"): row |= measure_initial_loss(sizes, config.seed, config.impl)
-    plot_layers(PRESETS["ultra"], "Nemotron 3 Ultra", config.out / "04_layers.png")
-    plot_presets(books, config.out / "04_ledger.png")
     nvfp4.write_row(config.out, "04_model", **row)
-    print(f"\nfigures: {config.out / '04_layers.png'}, {config.out / '04_ledger.png'}")
+    print(f"\npython experiments/plot_model.py --out {config.out} draws the layers of Ultra and the ledger")
 
 
 if __name__ == "__main__":

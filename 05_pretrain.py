@@ -1,6 +1,6 @@
 """05 · Pretraining: from text to a trained model, resumable to the bit.
 
-Left out:  several devices, the long-context phase; data quality filters (the built-in text is clean by construction).
+Left out:  tensor and pipeline parallelism; data quality filters (the built-in text is clean by construction).
 Sources:   [Ultra] Nemotron 3 Ultra report, arXiv 2606.15007 · [NVFP4] Pretraining LLMs with NVFP4, arXiv 2509.25149
            [WSM] Decay-free learning rates by checkpoint merging, arXiv 2507.17634
            [Megatron] Megatron-LM, the code that trained it · [Tekken] the tokenizer of Mistral NeMo, whose vocabulary Nemotron 3 uses
@@ -8,13 +8,14 @@ Run:       python 05_pretrain.py                     # minutes on 2 CPU cores: c
            python 05_pretrain.py --resume            # goes on after Ctrl-C or a crash, with the losses it would have had
            python 05_pretrain.py --data my/*.txt --out out/mine --branches    # your own text, no branches
            python 05_pretrain.py --branch-from out/pretrain/step-000410 --precision nvfp4 --branch-steps 40
-Contents:  1 config   2 tokenizer   3 token shards   4 packed batches and blend   5 schedule and optimizer   6 checkpoints
-           7 merging checkpoints   8 health   9 trainer   10 bits per byte   11 branches   12 samples and tables   13 command
+           torchrun --nproc-per-node 4 05_pretrain.py --ep 2 --cp 2 --out out/four     # 4 processes share data, experts and sequences
+Contents:  1 config   2 tokenizer and token shards   3 packed batches and blend   4 schedule and optimizer   5 checkpoints
+           6 merging checkpoints   7 health   8 several devices   9 trainer   10 bits per byte   11 branches   12 samples and tables
+           13 command
 Letters:   b batch  t time  v vocabulary  m MoE layer  e experts
 """
 from __future__ import annotations
 
-import base64
 import contextlib
 import hashlib
 import importlib
@@ -36,11 +37,17 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed import tensor as dtensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 
 from data import corpus
 from data.shards import Shard, Stream
+from data.tokenizer import EOS, RESERVED, Tokenizer, train_bpe  # noqa: F401  (names of this stage)
 
 nvfp4, moe, nemotron = (importlib.import_module(name) for name in ("01_nvfp4", "03_latentmoe", "04_model"))
 
@@ -78,6 +85,9 @@ class PretrainConfig:
     device: Literal["cpu", "cuda", "mps"] = "cpu"
     record: bool = True              # on a GPU: record the kernels of a step once and replay them, same numbers, no waiting for Python
     recompute: bool = False          # drop activations and compute them again in the backward pass: less memory, same numbers
+    dp: int = 0                      # processes that read different rows; 0: all that torchrun started, divided by cp
+    ep: int = 1                      # processes that share the experts
+    cp: int = 1                      # processes that share a sequence
     seed: int = 0
     save_every: int = 100            # steps between checkpoints
     keep: int = 2                    # checkpoints kept (the one that branches start from is kept too)
@@ -115,102 +125,13 @@ class PretrainConfig:
 
 
 # What may differ between a checkpoint and the run that goes on from it: everything that does not change a number of the main run.
-FREE = {"out", "device", "record", "recompute", "save_every", "keep", "health_every", "on_spike", "eval_windows", "branches", "branch_steps",
-        "branch_from", "resume", "fresh"}
+FREE = {"out", "device", "record", "recompute", "dp", "ep", "cp", "save_every", "keep", "health_every", "on_spike", "eval_windows", "branches",
+        "branch_steps", "branch_from", "resume", "fresh"}
 
 
-# %% 2 · Tokenizer  [Tekken]
-# Byte-pair encoding: begin with 256 bytes, join the most frequent neighbours into a new token, repeat. A pattern first cuts text into words, so
-# no token crosses one; it cuts numbers into single digits, because sums are computed digit by digit. Ids below RESERVED are no text at all: the
-# released special tokens sit on their released ids there and <SPECIAL_n> fills the rest; byte i is id RESERVED + i, and merge n (from 0) is id
-# RESERVED + 256 + n.
-# NOTE: a document ends with </s> and nothing opens it: the released base models end documents with id 2, and their chat format has no <s>.
-
-RESERVED = 32      # ours: of 4,096; Tekken reserves 1,000 of 131,072
-SPECIALS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<|im_start|>": 10, "<|im_end|>": 11, "<think>": 12, "</think>": 13, "<tool_call>": 14,
-            "</tool_call>": 15, "<tool_response>": 16, "</tool_response>": 17}
-EOS = SPECIALS["</s>"]
-PATTERN = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"      # a word that ends in small letters, or
-           r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"     # begins with capitals; one sign before it
-           r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")                    # one digit | punctuation | line ends | spaces
-
-
-def train_bpe(texts: Iterable[str], merges: int, pattern: str = PATTERN) -> dict[bytes, int]:
-    """Rung 1, the definition: token bytes -> rank. It counts every pair anew for each merge; rustbpe finds the same merges, fast."""
-    import regex  # python's own re has no \\p{...}
-    counts = Counter(word for text in texts for word in regex.findall(pattern, text))
-    words = [(list(word.encode()), n) for word, n in counts.items()]
-    token = [bytes([i]) for i in range(256)]
-    for new in range(256, 256 + merges):
-        pairs = Counter()
-        for ids, n in words:
-            for pair in zip(ids, ids[1:]): pairs[pair] += n
-        if not pairs: break
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))      # the most frequent; of equals, the smallest ids
-        token.append(token[best[0]] + token[best[1]])
-        for ids, _ in words:
-            i = 0
-            while i < len(ids) - 1:
-                if (ids[i], ids[i + 1]) == best: ids[i:i + 2] = [new]
-                i += 1
-    return {b: rank for rank, b in enumerate(token)}
-
-
-class Tokenizer:
-    """Text <-> ids. ranks: token bytes -> rank in the order of the merges (0-255 are the bytes); an id is RESERVED + rank."""
-    eos = EOS
-    def __init__(self, ranks: dict[bytes, int], pattern: str = PATTERN):
-        import tiktoken
-        self.ranks, self.pattern = ranks, pattern
-        names = {i: name for name, i in SPECIALS.items()}
-        self.specials = {names.get(i, f"<SPECIAL_{i}>"): i for i in range(RESERVED)}
-        ids = {b: RESERVED + rank for b, rank in ranks.items()}
-        self.encoding = tiktoken.Encoding("nemotron-toy", pat_str=pattern, mergeable_ranks=ids, special_tokens=self.specials)
-
-    @classmethod
-    def train(cls, texts: Iterable[str], vocab: int) -> Tokenizer:
-        """At most `vocab` ids in all; a short text has fewer pairs to merge and gives a smaller vocabulary."""
-        import rustbpe
-        if vocab < RESERVED + 256: raise ValueError(f"vocab = {vocab}: {RESERVED} reserved ids and 256 bytes need at least {RESERVED + 256}.")
-        trainer = rustbpe.Tokenizer()
-        trainer.train_from_iterator(iter(texts), vocab - RESERVED, pattern=PATTERN)
-        return cls({bytes(b): rank for b, rank in trainer.get_mergeable_ranks()})
-
-    def __len__(self) -> int: return RESERVED + len(self.ranks)
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of plain text. What looks like a special token stays text: "</s>" typed by a user does not end a document."""
-        return self.encoding.encode_ordinary(text)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids, special tokens by name. An id that no token has (a model's vocabulary may be larger) reads <unk>, a cut character U+FFFD."""
-        return self.encoding.decode([i if i < len(self) else SPECIALS["<unk>"] for i in ids])
-
-    def byte_counts(self, vocab: int) -> Tensor:
-        """Bytes of text each id stands for, [v]; special tokens stand for none."""
-        sizes = torch.zeros(vocab, dtype=torch.long)
-        sizes[RESERVED:len(self)] = torch.tensor([len(b) for b in sorted(self.ranks, key=self.ranks.get)])
-        return sizes
-
-    def save(self, folder: str | Path) -> None:
-        """tokenizer.tiktoken: one line a token, base64 bytes and rank. tokenizer_specials.json: pattern and special tokens."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = [f"{base64.b64encode(b).decode()} {rank}\n" for b, rank in sorted(self.ranks.items(), key=lambda item: item[1])]
-        (folder / "tokenizer.tiktoken").write_text("".join(lines))
-        (folder / "tokenizer_specials.json").write_text(json.dumps(dict(pattern=self.pattern, specials=self.specials), indent=1))
-
-    @classmethod
-    def load(cls, folder: str | Path) -> Tokenizer:
-        folder = Path(folder)
-        if not (folder / "tokenizer.tiktoken").exists():
-            raise ValueError(f"{folder} has no tokenizer.tiktoken: give a folder that Tokenizer.save wrote.")
-        pairs = (line.split() for line in (folder / "tokenizer.tiktoken").read_text().splitlines())
-        return cls({base64.b64decode(b): int(rank) for b, rank in pairs}, json.loads((folder / "tokenizer_specials.json").read_text())["pattern"])
-
-
-# %% 3 · Token shards
-# Text becomes one long row of ids on disk (data/shards.py), documents behind one another, each closed by </s>.
+# %% 2 · Tokenizer and token shards  [Tekken]
+# Byte-pair encoding (data/tokenizer.py: the definition, and what trains it fast) turns text into ids. The ids of documents lie behind one another
+# in one long row on disk (data/shards.py), each closed by </s>.
 
 class Data(NamedTuple):
     tokenizer: Tokenizer
@@ -236,7 +157,7 @@ def prepare_data(data: tuple[str, ...], folder: Path, vocab: int) -> Data:
     return Data(Tokenizer.load(done), train, held_out, record)
 
 
-# %% 4 · Packed batches and blend  [Ultra, data]
+# %% 3 · Packed batches and blend  [Ultra, data]
 # A source is an endless row of tokens: its documents in an order drawn anew for each epoch. A training window is t + 1 tokens of that row, cut
 # without regard to documents; doc_bt counts them, so that Mamba states and attention end where a document does. Windows are dealt to sources by
 # the blend's shares. All of it is a function of (seed, step): the data position of a checkpoint is one number, and no loader has a state to lose.
@@ -335,7 +256,7 @@ class LongShort:
         return (self.long if self.is_long(step) else self.short)(step)
 
 
-# %% 5 · Schedule and optimizer  [Ultra, pretraining; Megatron, optimizer_param_scheduler]
+# %% 4 · Schedule and optimizer  [Ultra, pretraining; Megatron, optimizer_param_scheduler]
 #     warmup   lr = peak · n / warmup                          n optimizer steps, this one included
 #     stable   lr = peak
 #     decay    lr = low + (peak - low) · (1 - sqrt(r)),        r = (n - start of the decay) / decay steps
@@ -358,15 +279,17 @@ def decays(name: str, p: Tensor) -> bool:
 
 
 def make_optimizer(model: nemotron.Nemotron, config: PretrainConfig) -> torch.optim.AdamW:
-    named = list(model.named_parameters())
-    groups = [dict(params=[p for n, p in named if decays(n, p)], weight_decay=config.weight_decay),
-              dict(params=[p for n, p in named if not decays(n, p)], weight_decay=0.0)]
+    groups: dict[tuple, dict] = {}
+    for name, p in model.named_parameters():      # one kernel updates a whole group, and cannot mix parameters that are cut differently
+        key = (decays(name, p), getattr(p, "device_mesh", None))
+        groups.setdefault(key, dict(params=[], weight_decay=config.weight_decay * key[0]))["params"].append(p)
+    groups = list(groups.values())
     on_gpu = config.device == "cuda"      # there the rate is a number in memory, which a recorded step reads anew each time
     lr = torch.tensor(config.lr, device="cuda") if on_gpu else config.lr
     return torch.optim.AdamW(groups, lr=lr, betas=(config.beta1, config.beta2), fused=True, capturable=on_gpu)
 
 
-# %% 6 · Checkpoints
+# %% 5 · Checkpoints
 # A checkpoint is a folder: the released layout of stage 04 (any tool opens it), the optimizer, the random state, and the step, which is the data
 # position. It is written under another name, forced to disk, and renamed last: a crash leaves the old one or the new one, never half of one.
 # files.json holds the sizes, so that a copy cut short is noticed before anything is loaded.
@@ -395,7 +318,9 @@ def newest_checkpoint(home: Path) -> Path:
 def write_folder(final: Path, fill: Callable[[Path], None]) -> None:
     """Creates folder `final` with the files that fill(folder) writes, all or nothing. OSError when the disk refuses; then `final` is as it was."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=final.name, suffix=".part", dir=final.parent))
+    work = final.with_name(final.name + ".part")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
     try:
         fill(work)
         sizes = {f.name: f.stat().st_size for f in sorted(work.iterdir())}
@@ -415,7 +340,7 @@ def _to_disk(path: Path) -> None:
     finally: os.close(handle)
 
 
-# %% 7 · Merging checkpoints  [WSM, 2507.17634; Ultra, pretraining]
+# %% 6 · Merging checkpoints  [WSM, 2507.17634; Ultra, pretraining]
 # A decay averages: late gradients count less and less, so the end point is a weighted mean of the points on the way. Then weights saved at a
 # *constant* rate, averaged afterwards, stand in for a decay that was never run: a look at the final quality without leaving the trunk.
 # If w_i is the factor that the decay would have put on the update from checkpoint i - 1 to i, the mean is
@@ -455,7 +380,7 @@ def merge_checkpoints(folders: list[Path], weights: list[float] | None = None) -
     return merged
 
 
-# %% 8 · Health  [Ultra, training stability]
+# %% 7 · Health  [Ultra, training stability]
 # What the report watched: the busiest expert, the residual stream by depth, the losses of the prediction depths. The loss shows a divergence when
 # it is there; the second depth's loss, or norms that grow in the early layers, show it coming.
 
@@ -470,6 +395,11 @@ def residual_rms(model: nemotron.Nemotron, batch: Batch) -> list[float]:
     return torch.stack(sizes).tolist()
 
 
+def local(x: Tensor) -> Tensor:
+    """This process's part of a tensor that is cut over processes."""
+    return x.to_local() if isinstance(x, dtensor.DTensor) else x
+
+
 @torch.no_grad()
 def update_ratio(optimizer: torch.optim.AdamW) -> float:
     """Median over the weight matrices of |last update| / |weight|, from AdamW's moments. Around 1e-3 is usual; 0 learns nothing, 1e-1 forgets."""
@@ -479,8 +409,9 @@ def update_ratio(optimizer: torch.optim.AdamW) -> float:
         for p in (p for p in group["params"] if p.dim() > 1 and p in optimizer.state):
             state = optimizer.state[p]
             n = float(state["step"])
-            adam = state["exp_avg"] / (1 - beta1 ** n) / ((state["exp_avg_sq"] / (1 - beta2 ** n)).sqrt() + group["eps"])
-            ratios.append((lr * (adam + group["weight_decay"] * p)).norm() / p.norm().clamp(min=1e-12))
+            weight, mean, square = (local(x) for x in (p, state["exp_avg"], state["exp_avg_sq"]))
+            adam = mean / (1 - beta1 ** n) / ((square / (1 - beta2 ** n)).sqrt() + group["eps"])
+            ratios.append((lr * (adam + group["weight_decay"] * weight)).norm() / weight.norm().clamp(min=1e-12))
     return torch.stack(ratios).median().item()
 
 
@@ -502,6 +433,69 @@ class SpikeDetector:
             if self.high[key] == self.patience:
                 return f"{key} is {row[key]:.3g} and was {middle:.3g} in the median, {self.patience} steps in a row"
         return None
+
+
+# %% 8 · Several devices  [FSDP2, torch.distributed.fsdp; Megatron, parallel folding]
+# torchrun starts one process a device. The same processes share the work in three ways:
+#     data      each reads rows of its own; weights, gradients and moments are cut over all of them, and a layer's weights are gathered just before
+#               it runs (FSDP2)
+#     context   cp neighbours hold the pieces of one sequence (02, section 8)
+#     experts   ep neighbours share the experts (03, section 6): an MoE layer does not care which rows belong to which sequence, so any can
+# A process's loss is its share, and every gradient the mean over all processes. Gradients are fp32, in every sum and on every wire.
+
+class Ranks(NamedTuple):
+    """Who does what: three views of the same processes. Neighbours in number share a sequence, and the experts."""
+    everyone: DeviceMesh      # [world]
+    experts: DeviceMesh       # [ep, copies]
+    grid: DeviceMesh          # [dp, cp]
+
+    @property
+    def number(self) -> int: return self.everyone.get_rank()
+
+    @property
+    def rows(self) -> dict[str, int]: return dict(rank=self.grid.get_local_rank("dp"), ranks=self.grid.size(0))
+
+
+def join(config: PretrainConfig) -> Ranks | None:
+    """This process's place among those that torchrun started; None without torchrun. ValueError for sizes that do not fit."""
+    world = int(os.environ.get("WORLD_SIZE", 0))
+    if not world:
+        if max(config.dp, config.ep, config.cp) > 1: raise ValueError("dp, ep and cp share work between processes: start them with torchrun.")
+        return None
+    dp = config.dp or world // config.cp
+    if dp * config.cp != world: raise ValueError(f"dp {dp} · cp {config.cp} must be the {world} processes that torchrun started.")
+    if config.batch % (dp * config.micro_batches):
+        raise ValueError(f"batch = {config.batch} rows cannot be dealt to dp = {dp} processes in micro_batches = {config.micro_batches} equal pieces.")
+    if world % config.ep: raise ValueError(f"ep = {config.ep} must divide the {world} processes that torchrun started.")
+    if config.device == "cuda": torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized(): dist.init_process_group("cpu:gloo,cuda:nccl" if config.device == "cuda" else "gloo")
+    numbers = torch.arange(world)
+    return Ranks(DeviceMesh(config.device, numbers, mesh_dim_names=("all",)),
+                 DeviceMesh(config.device, numbers.view(-1, config.ep).T, mesh_dim_names=("ep", "copies")),
+                 DeviceMesh(config.device, numbers.view(dp, config.cp), mesh_dim_names=("dp", "cp")))
+
+
+def parallelize(model: nemotron.Nemotron, ranks: Ranks) -> nemotron.Nemotron:
+    """Cuts a model over the ranks, in place: sequences, experts, then everything that is left. All ranks must hold the same model before."""
+    if ranks.grid.size(1) > 1: nemotron.context_parallel(model, ranks.grid.get_group("cp"))
+    head = [model.mtp] if hasattr(model, "mtp") else []
+    for layer in (m for m in model.modules() if isinstance(m, moe.LatentMoE)):
+        moe.expert_parallel(layer, ranks.experts.get_group("ep"))
+        fully_shard(layer.experts, mesh=ranks.experts["copies"])
+    for part in [*model.backbone.layers, *head, model]: fully_shard(part, mesh=ranks.everyone)
+    register_fsdp_forward_method(model, "trunk")      # the loss calls this one, not forward
+    return model
+
+
+def clip_gradients(model: nn.Module, largest: float, ranks: Ranks | None) -> Tensor:
+    """The norm over all gradients of all processes; they are scaled down to norm `largest` where it is above."""
+    if ranks is None: return torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
+    grads = [local(p.grad) for p in model.parameters() if p.grad is not None]
+    square = torch.stack([g.square().sum() for g in grads]).sum()
+    dist.all_reduce(square)      # no number lies on two processes, so squares may be added
+    norm = square.sqrt()
+    torch._foreach_mul_(grads, (largest / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 # %% 9 · Trainer
@@ -530,11 +524,6 @@ class Recorded:
         graph.replay()
 
 
-def draw_table(model: nemotron.Nemotron, config: PretrainConfig, step: int) -> Tensor:
-    """Seeds of one step's stochastic rounding, for every micro-batch what Nemotron.draw_seeds gives: int64 [micro-batches, layers, products, 2]."""
-    return torch.stack([model.draw_seeds(config.seed, step, micro) for micro in range(config.micro_batches)])
-
-
 class NotFinite(ValueError):
     """A step whose loss or gradient norm is not finite; the weights are as before it."""
 
@@ -543,17 +532,24 @@ class Trainer:
     """A model on its way. batches: step -> Batch; objective: (model, Batch) -> Losses, stage 04's loss unless a later stage brings its own."""
     def __init__(self, config: PretrainConfig, model: nemotron.Nemotron, batches: Callable[[int], Batch], home: Path,
                  tokenizer: Tokenizer | None = None, objective: Callable | None = None, data_hash: str = "",
-                 recipe: nvfp4.NVFP4Recipe | None = None):
+                 recipe: nvfp4.NVFP4Recipe | None = None, ranks: Ranks | None = None):
+        self.ranks = ranks
         self.config, self.batches, self.home, self.tokenizer, self.data_hash = config, batches, Path(home), tokenizer, data_hash
         self.objective = objective or (lambda model, x: nemotron.loss(model, *x, mtp_weight=config.mtp_weight, aux_weight=config.aux_weight))
         self.model = model.to(config.device).train()
         if config.precision == "nvfp4": nemotron.apply_recipe(self.model, recipe or nvfp4.NVFP4Recipe())
         self.model.recompute = config.recompute
+        if ranks is not None: parallelize(self.model, ranks)
         self.optimizer = make_optimizer(self.model, config)
-        self.sums = self.load_me = None      # of the step at hand: losses (total, main, aux, one a depth) and gradient norm; tokens per expert
-        self.draws = draw_table(self.model, config, step=0).to(config.device)
-        self.compute = Recorded(self.compute_step) if config.record and config.device == "cuda" else self.compute_step
         self.step, self.rows, self.saved_step, self.decay_from, self.spikes = 0, [], None, None, SpikeDetector()
+        self.sums = self.load_me = None      # of the step at hand: losses (total, main, aux, one a depth) and gradient norm; tokens per expert
+        self.draws = self.draw_table().to(config.device)
+        self.compute = Recorded(self.compute_step) if config.record and config.device == "cuda" and ranks is None else self.compute_step
+
+    def draw_table(self) -> Tensor:
+        """Seeds of this step's stochastic rounding, int64 [micro-batches, layers, products, 2]: every micro-batch of every process has its own."""
+        c, first = self.config, 0 if self.ranks is None else self.ranks.number * self.config.micro_batches
+        return torch.stack([self.model.draw_seeds(c.seed, self.step, first + micro) for micro in range(c.micro_batches)])
 
     def use_recipe(self, recipe: nvfp4.NVFP4Recipe) -> None:
         """From the next step on other switches for the layers in 4 bits; replace(recipe, forward=False) leaves NVFP4 in the forward pass  [NVFP4]."""
@@ -583,8 +579,9 @@ class Trainer:
             (losses.total / c.micro_batches).backward()
             parts.append(torch.stack([x.detach().float() for x in (losses.total, losses.main, losses.aux, *losses.mtp_k)]))
             load_me = load_me + losses.load_me
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
-        self.sums, self.load_me = torch.cat([torch.stack(parts).mean(0), norm.float()[None]]), load_me
+        norm, mean = clip_gradients(self.model, c.clip, self.ranks), torch.stack(parts).mean(0)
+        if self.ranks is not None: dist.all_reduce(mean); dist.all_reduce(load_me); mean /= self.ranks.everyone.size()
+        self.sums, self.load_me = torch.cat([mean, norm.float()[None]]), load_me
         broken = ~(self.sums[0].isfinite() & norm.isfinite())
         self.optimizer.found_inf = broken.float()      # the fused AdamW looks at this, as under a gradient scaler
         self.optimizer.step()
@@ -599,7 +596,7 @@ class Trainer:
             if isinstance(group["lr"], Tensor): group["lr"].fill_(lr)
             else: group["lr"] = lr
         batch = self.batches(self.step).to(c.device)
-        self.draws.copy_(draw_table(self.model, c, self.step))
+        self.draws.copy_(self.draw_table())
         self.compute(*batch)
         total, main, aux, *mtp, norm = self.sums.tolist()
         load_me = self.load_me.cpu()
@@ -607,34 +604,47 @@ class Trainer:
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise NotFinite(f"step {self.step + 1}: the loss is {total} and its gradient norm {norm}; lower --lr, or --resume from a checkpoint.")
         self.step += 1
-        seconds = time.perf_counter() - start
+        seconds, tokens = time.perf_counter() - start, batch.ids_bt.numel() * (1 if self.ranks is None else self.ranks.grid.size(0))
         row = dict(step=self.step, loss=main, total=total, aux=aux, **{f"mtp_{k}": x for k, x in enumerate(mtp, 1)}, lr=lr, grad_norm=norm,
                    max_vio_median=float(np.median(violation)) if violation else None, max_vio=max(violation, default=None),
-                   dead_experts=int(moe.dead_experts(load_me).sum()), tokens_per_s=round(batch.ids_bt.numel() / seconds, 1),
+                   dead_experts=int(moe.dead_experts(load_me).sum()), tokens_per_s=round(tokens / seconds, 1),
                    seconds=round(seconds, 4))
         if c.health_every and self.step % c.health_every == 0:
-            with self.autocast(): row["residual_rms"] = residual_rms(self.model, batch.split(c.micro_batches)[0])
+            piece = batch.split(c.micro_batches)[0]
+            if self.model.context is not None: piece = Batch(*(x.chunk(self.model.context.size, 1)[self.model.context.rank] for x in piece))
+            with self.autocast(): row["residual_rms"] = residual_rms(self.model, piece)
             row["update_ratio"] = update_ratio(self.optimizer)
         self.rows.append(row)
         return row
 
     def fit(self, until: int, save_at: Iterable[int] = (), log_every: int = 50, label: str = "train") -> bool:
         """Trains to step `until`, saving every save_every steps, at `save_at` and at the end. False when Ctrl-C ended it (the step is saved)."""
-        c, save_at, log = self.config, {*save_at, until}, self.home / "metrics.jsonl"
+        c, save_at, log = self.config, {*save_at, until}, self.home / "metrics.jsonl" if self.leads else Path(os.devnull)
         self.home.mkdir(parents=True, exist_ok=True)
-        with _Interrupt() as interrupt, tqdm(total=until, initial=self.step, desc=label, unit="step", disable=None) as bar:
-            while self.step < min(until, self.last_step) and not interrupt.seen:
+        with _Interrupt() as interrupt, tqdm(total=until, initial=self.step, desc=label, unit="step", disable=None if self.leads else True) as bar:
+            while self.step < min(until, self.last_step) and not self.anyone(interrupt.seen):
                 try: row = self.train_step()
                 except NotFinite as error:
                     if c.on_spike != "rollback": raise
                     self.roll_back(str(error), log); continue
                 with log.open("a") as file: file.write(json.dumps(row) + "\n")
                 bar.n = self.step; bar.set_postfix(loss=f"{row['loss']:.3f}", tok_s=f"{row['tokens_per_s']:,.0f}")
-                if self.step % log_every == 0 or self.step in (1, until): tqdm.write(log_line(row))
+                if self.leads and (self.step % log_every == 0 or self.step in (1, until)): tqdm.write(log_line(row))
                 if c.on_spike != "ignore" and (what := self.spikes(row)): self.roll_back(what, log); continue
                 if self.step % c.save_every == 0 or self.step in save_at or self.step == self.last_step: self.save()
-            if interrupt.seen: self.save()
-        return not interrupt.seen
+            stopped = self.anyone(interrupt.seen)
+            if stopped: self.save()
+        return not stopped
+
+    @property
+    def leads(self) -> bool: return self.ranks is None or self.ranks.number == 0
+
+    def anyone(self, said: bool) -> bool:
+        """Has any process said so? Ctrl-C reaches them at different moments, and all have to stop behind the same step."""
+        if self.ranks is None: return said
+        votes = torch.tensor(float(said), device=self.config.device)
+        dist.all_reduce(votes)
+        return bool(votes)
 
     def roll_back(self, what: str, log: Path) -> None:
         """Back to the newest whole checkpoint from before a spike; the decay begins there. ValueError when the run shall stop, or has none."""
@@ -644,7 +654,8 @@ class Trainer:
             raise ValueError(f"a spike at step {self.step}{why}: {what}. Lower --lr, or look at metrics.jsonl for what grew first.")
         spiked, self.decay_from = self.step, int(sound[-1].name[5:])
         self.restore(sound[-1])
-        for later in checkpoints(self.home)[len(sound):]: shutil.rmtree(later)
+        if self.leads:
+            for later in checkpoints(self.home)[len(sound):]: shutil.rmtree(later)
         self.rows, self.spikes = [row for row in self.rows if row["step"] <= self.step], SpikeDetector()
         log.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         tqdm.write(f"a spike at step {spiked}: {what}. Back to step {self.step}; the decay begins here and ends at step {self.last_step}.")
@@ -653,38 +664,71 @@ class Trainer:
         """Writes home/step-N and removes checkpoints beyond the newest `keep` (but never the one that branches start from)."""
         folder = self.home / f"step-{self.step:06d}"
         if self.saved_step == self.step: return folder
-
-        def fill(work: Path) -> None:
-            nemotron.save_checkpoint(work, self.model, self.tokenizer)
-            state = {name: self.optimizer.state[p] for name, p in self.model.named_parameters()}
-            saved = dict(optimizer=state, rng=torch.get_rng_state(), step=self.step, decay_from=self.decay_from)
-            torch.save(saved, work / "trainer.pt")
-            about = dict(config=asdict(self.config), step=self.step, data=self.data_hash, torch=torch.__version__)
-            (work / "pretrain.json").write_text(json.dumps(about, indent=1, default=str))
-
-        try: write_folder(folder, fill)
+        try: self.write(folder)
         except OSError as error:
             raise ValueError(f"cannot write the checkpoint {folder} ({error.strerror or error}): make room, then --resume.") from error
         self.saved_step = self.step
-        for old in checkpoints(self.home)[:-self.config.keep]:
+        for old in checkpoints(self.home)[:-self.config.keep] if self.leads else []:
             if old.name != f"step-{self.config.branch_step:06d}": shutil.rmtree(old)
         return folder
+
+    def write(self, folder: Path) -> None:
+        """One process: weights in the released layout, and trainer.pt. Several: everything in parts, each process writing its own (DCP)."""
+        trainer = dict(rng=torch.get_rng_state(), step=self.step, decay_from=self.decay_from)
+
+        def fill(work: Path) -> None:
+            if self.ranks is None:
+                nemotron.save_checkpoint(work, self.model, self.tokenizer)
+                trainer["optimizer"] = {name: self.optimizer.state[p] for name, p in self.model.named_parameters()}
+            else:
+                dcp.save(self.parts(), checkpoint_id=work)
+                (work / "config.json").write_text(json.dumps(self.model.config.to_dict(), indent=1))
+                if self.tokenizer is not None: self.tokenizer.save(work)
+            torch.save(trainer, work / "trainer.pt")
+            about = dict(config=asdict(self.config), step=self.step, data=self.data_hash, torch=torch.__version__)
+            (work / "pretrain.json").write_text(json.dumps(about, indent=1, default=str))
+
+        if self.leads: write_folder(folder, fill)
+        else: dcp.save(self.parts(), checkpoint_id=folder.with_name(folder.name + ".part"))
+        if self.ranks is not None: dist.barrier()
+
+    def parts(self) -> dict[str, Tensor]:
+        """Everything that a checkpoint in parts holds, each tensor with its place in the whole, in the memory that training uses."""
+        found = {f"buffer.{name}": x for name, x in self.model.named_buffers()}
+        for name, p in self.model.named_parameters():
+            if not self.optimizer.state[p]:      # loading comes before the first step
+                self.optimizer.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            state = self.optimizer.state[p]
+            found |= {f"step.{name}": state["step"]}
+            for key, x in (("weight", p.detach()), ("exp_avg", state["exp_avg"]), ("exp_avg_sq", state["exp_avg_sq"])):
+                if self.ranks is not None and ".experts." in name and ".shared_experts." not in name:      # FSDP knows of this process's experts only
+                    shape = (x.shape[0] * self.ranks.experts.size(0), *x.shape[1:])
+                    x = dtensor.DTensor.from_local(local(x), self.ranks.experts, [dtensor.Shard(0), dtensor.Shard(0)], run_check=False, shape=shape,
+                                           stride=torch.empty(shape, device="meta").stride())
+                found[f"{key}.{name}"] = x
+        return found
 
     @classmethod
     def load(cls, folder: Path, config: PretrainConfig, batches: Callable[[int], Batch], home: Path, **kwargs) -> Trainer:
         """A trainer as it was at a checkpoint. config.precision may be another than the checkpoint's: that is a branch."""
         if problem := damage(folder): raise ValueError(f"{problem}: take another checkpoint.")
-        trainer = cls(config, nemotron.load_checkpoint(folder), batches, home, **kwargs)
+        in_parts, sizes = (folder / ".metadata").exists(), json.loads((folder / "config.json").read_text())
+        if kwargs.get("ranks") is not None and not in_parts:
+            raise ValueError(f"{folder} was written by one process: go on with one, or begin a run of several with --fresh.")
+        model = nemotron.Nemotron(nemotron.ModelConfig.from_dict(sizes)) if in_parts else nemotron.load_checkpoint(folder)
+        trainer = cls(config, model, batches, home, **kwargs)
         trainer.restore(folder, weights=False)
         return trainer
 
     def restore(self, folder: Path, weights: bool = True) -> None:
-        """Weights, optimizer, random state and step of a checkpoint, in place: a recorded step knows them by their addresses."""
-        if weights:
+        """Weights, optimizer, random state and step of a checkpoint, in place: a recorded step knows them by their addresses. A checkpoint in parts
+        may come from any number of processes."""
+        saved = torch.load(folder / "trainer.pt", map_location=self.config.device, weights_only=True)
+        if "optimizer" not in saved: dcp.load(self.parts(), checkpoint_id=folder)
+        elif weights:
             held = dict(nemotron.released_tensors(self.model))
             for name, x in nemotron.read_tensors(folder): held[name].copy_(x)
-        saved = torch.load(folder / "trainer.pt", map_location=self.config.device, weights_only=True)
-        for name, p in self.model.named_parameters():
+        for name, p in self.model.named_parameters() if "optimizer" in saved else ():
             for key, x in saved["optimizer"][name].items():
                 if key in self.optimizer.state[p]: self.optimizer.state[p][key].copy_(x)
                 else: self.optimizer.state[p][key] = x
@@ -848,7 +892,7 @@ def check_machine(config: PretrainConfig) -> None:
     except OSError as error:
         raise ValueError(f"cannot write to {config.home} ({error.strerror or error}): choose another folder with --out.") from error
     book = nemotron.ledger(nemotron.preset(config.preset))
-    need = 16 * (book.total + book.mtp)      # fp32 weight, gradient and two moments
+    need = 16 * (book.total + book.mtp) / int(os.environ.get("WORLD_SIZE", 1))      # fp32 weight, gradient and two moments
     have = torch.cuda.get_device_properties(0).total_memory if config.device == "cuda" else _physical_memory()
     if need > have:
         raise ValueError(f"preset {config.preset} needs {need / 1e9:,.0f} GB for weights, gradients and optimizer and {config.device} has "
@@ -864,20 +908,22 @@ def hash_of(data: Data) -> str:
     return hashlib.sha256("".join(shard.index["sha256"] for shard in data.train.values()).encode()).hexdigest()[:16]
 
 
-def start(config: PretrainConfig, data: Data, batches: Batches) -> Trainer:
+def start(config: PretrainConfig, data: Data, batches: Batches, ranks: Ranks | None = None) -> Trainer:
     """The trainer of a new run, or of the one that --resume finds. ValueError when an earlier run would be overwritten unasked."""
     home, log = config.home, config.home / "metrics.jsonl"
-    if config.fresh:
+    leads = ranks is None or ranks.number == 0
+    if config.fresh and leads:
         for old in [*home.glob("step-*"), *home.glob("branch-*")]: shutil.rmtree(old)
         log.unlink(missing_ok=True)
-    shared = dict(tokenizer=data.tokenizer, data_hash=hash_of(data))
+    shared = dict(tokenizer=data.tokenizer, data_hash=hash_of(data), ranks=ranks)
+    if ranks is not None: dist.barrier()
     if config.resume:
         folder = newest_checkpoint(home)
         check_same_run(folder, config, shared["data_hash"])
         trainer = Trainer.load(folder, config, batches, home, **shared)
         rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
         trainer.rows = [row for row in rows if row["step"] <= trainer.step]      # those after the checkpoint will be written again
-        log.write_text("".join(json.dumps(row) + "\n" for row in trainer.rows))
+        if leads: log.write_text("".join(json.dumps(row) + "\n" for row in trainer.rows))
         print(f"resuming from {folder}\n")
         return trainer
     if checkpoints(home):
@@ -902,19 +948,26 @@ def branch_only(config: PretrainConfig) -> None:
 def main(config: PretrainConfig) -> None:
     began = time.perf_counter()
     check_machine(config)
+    ranks = join(config)
     if config.branch_from: return branch_only(config)
+    if ranks is not None and ranks.number: sys.stdout = open(os.devnull, "w")      # one process speaks for all
     sizes = nemotron.preset(config.preset)
-    data = prepare_data(config.data, config.out / "data", sizes.vocab)
+    for turn in range(1 if ranks is None else 2):      # the first process makes text and tokens, the others find them
+        if ranks is None or (ranks.number == 0) == (turn == 0): data = prepare_data(config.data, config.out / "data", sizes.vocab)
+        if ranks is not None: dist.barrier()
     blend = Blend.of(data.train, config.blend_switch)
-    batches = Batches(data.train, blend, config.batch, config.seq, config.steps, config.seed)
+    batches = Batches(data.train, blend, config.batch, config.seq, config.steps, config.seed, **(ranks.rows if ranks is not None else {}))
     print_data(data, batches, blend, config.steps)
-    trainer = start(config, data, batches)
-    nemotron.print_placement(trainer.model)
+    trainer = start(config, data, batches, ranks)
+    with torch.device("meta"): nemotron.print_placement(nemotron.Nemotron(sizes, trainer.model.recipe))      # of several processes each holds a part
     print(f"\npreset {config.preset} in {config.precision} on {config.device}: {config.steps} steps of {config.batch} × {config.seq} tokens "
           f"({config.steps * config.batch * config.seq / 1e6:.2f}M), learning rate {config.lr:g} to {config.lr_min:g}")
     if not trainer.fit(config.steps, save_at={config.branch_step}):
         print(f"\nstopped after step {trainer.step}, saved in {trainer.home / f'step-{trainer.step:06d}'}: the same command with --resume goes on.")
         sys.exit(130)
+    if ranks is not None:
+        print(f"\nsaved in {trainer.save()}; `python 05_pretrain.py --resume` in one process, with the same flags, scores it and writes text.")
+        return dist.destroy_process_group()
 
     branches = compare_branches(config, data)
     bits = evaluate(trainer, data.held_out)

@@ -20,6 +20,7 @@ run: $(SETUP)
 	$(PY) 02_mamba.py
 	$(PY) 03_latentmoe.py
 	$(PY) 04_model.py
+	$(PY) experiments/plot_model.py
 	$(PY) 05_pretrain.py --fresh
 	$(PY) experiments/plot_run.py
 	@$(PY) experiments/table.py summary
