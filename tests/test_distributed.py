@@ -52,8 +52,9 @@ def weights(run) -> dict:
 
 
 def layout(changes: dict):
-    ranks = stage.join(replace(CONFIG, **changes))
-    return replace(CONFIG, **changes, micro_batches=ROWS // ranks.grid.size(0)), ranks
+    processes = int(os.environ["WORLD_SIZE"]) // changes.get("cp", 1)
+    config = replace(CONFIG, **changes, micro_batches=ROWS // processes)
+    return config, stage.join(config)
 
 
 def train_all(rank: int, world: int, folder: Path) -> None:
@@ -169,6 +170,7 @@ def test_sizes_that_do_not_fit_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="start them with torchrun"): stage.join(replace(CONFIG, ep=2))
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ValueError, match="dp 3 · cp 1 must be the 4 processes"): stage.join(replace(CONFIG, dp=3))
-    with pytest.raises(ValueError, match="ep = 3 must divide"): stage.join(replace(CONFIG, ep=3))
+    with pytest.raises(ValueError, match="cannot be dealt to dp = 4 processes in micro_batches = 4"): stage.join(CONFIG)
+    with pytest.raises(ValueError, match="ep = 3 must divide"): stage.join(replace(CONFIG, ep=3, micro_batches=1))
     monkeypatch.delenv("WORLD_SIZE")
     assert stage.join(CONFIG) is None
