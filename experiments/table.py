@@ -103,6 +103,10 @@ def table_claims(rows: list[dict]) -> str:
          f"{on['max_violation']:.2f} ({off['max_violation']:.2f}), 16 experts", "03_latentmoe.py"),
         ("training-loss gap of NVFP4 to full precision", "below 0.4 % (Ultra)",
          f"{percent(five['branch_gap']['nvfp4'], 2)} (`tiny`, a short branch, one seed)", "05_pretrain.py")]
+    if stats := newest(rows, "nvfp4_stats", all=True):
+        share = stats["shares"]["Mamba output: input"]["flushed"]
+        lines.append(("values of Mamba output projections that NVFP4 would flush to zero", "up to 40 % (Nano)",
+                      f"{100 * share:.0f} % of their inputs", "experiments/nvfp4_stats.py --all"))
     head = "| claim | published | here | command |\n|---|---|---|---|\n"
     return head + "\n".join(f"| {claim} | {published} | {ours} | `{command}` |" for claim, published, ours, command in lines)
 
