@@ -123,6 +123,7 @@ def plot_health(rows: list[dict], path: Path) -> None:
     speed.plot(steps, [r["tokens_per_s"] for r in rows], color="#1f4e8c", linewidth=1)
     speed.set_ylim(bottom=0); speed.set_title("Speed"); speed.set_ylabel("tokens a second")
     for ax in (balance, norm, ratio, depths, speed): ax.set_xlabel("optimizer step")
+    for ax in (depth, norm): ax.yaxis.set_major_formatter("{x:g}"); ax.yaxis.set_minor_formatter("{x:g}")      # 2, not 2 × 10⁰
     nvfp4.save_figure(fig, path)
 
 
