@@ -111,8 +111,8 @@ def table_claims(rows: list[dict]) -> str:
         show = lambda name: f"{merged['bits_per_byte'][name]['mean']:.3f} ± {merged['bits_per_byte'][name]['half']:.3f}".replace("-", "−")
         w = merged["window"]
         ours = f"{show(f'merged right {w} - last')} bits per byte ({show(f'decayed {w} - last')}), `{merged['preset']}`, {merged['seeds']} seeds"
-        lines.append(("merged checkpoints against the last, at a constant rate (in brackets: a real decay against it)", "+2 to +4 points (Super)", ours,
-                      "experiments/merging.py"))
+        lines.append(("merged checkpoints against the last, at a constant rate (in brackets: a real decay against it)", "+2 to +4 points (Super)",
+                      ours, "experiments/merging.py"))
     head = "| claim | published | here | command |\n|---|---|---|---|\n"
     return head + "\n".join(f"| {claim} | {published} | {ours} | `{command}` |" for claim, published, ours, command in lines)
 
