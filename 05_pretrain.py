@@ -734,7 +734,7 @@ class Trainer:
                 else: self.optimizer.state[p][key] = x
         torch.set_rng_state(saved["rng"].cpu())
         self.step = self.saved_step = saved["step"]
-        self.decay_from = self.decay_from or saved["decay_from"]
+        self.decay_from = self.decay_from or saved.get("decay_from")
 
 
 def log_line(row: dict) -> str:
