@@ -465,7 +465,7 @@ def join(config: PretrainConfig) -> Ranks | None:
     dp = config.dp or world // config.cp
     if dp * config.cp != world: raise ValueError(f"dp {dp} · cp {config.cp} must be the {world} processes that torchrun started.")
     if config.batch % (dp * config.micro_batches):
-        raise ValueError(f"batch = {config.batch} rows cannot be dealt to dp = {dp} processes in micro_batches = {config.micro_batches} equal pieces.")
+        raise ValueError(f"{config.batch} rows cannot be dealt to dp = {dp} processes in micro_batches = {config.micro_batches} equal pieces.")
     if world % config.ep: raise ValueError(f"ep = {config.ep} must divide the {world} processes that torchrun started.")
     if config.device == "cuda": torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized(): dist.init_process_group("cpu:gloo,cuda:nccl" if config.device == "cuda" else "gloo")
