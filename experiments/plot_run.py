@@ -108,7 +108,8 @@ def plot_health(rows: list[dict], path: Path) -> None:
         balance.plot(steps, smooth([r["max_vio"] for r in rows], width), color="#c0392b", label="worst layer")
         balance.plot(steps, smooth([r["max_vio_median"] for r in rows], width), color="#1f4e8c", label="median layer")
         dead = max(r["dead_experts"] for r in rows[len(rows) // 2:])
-        balance.set_title(f"Busiest expert; without a token: at most {dead}"); balance.set_ylabel("load / mean load"); balance.legend(frameon=False)
+        balance.set_title(f"Busiest expert; {f'up to {dead}' if dead else 'none'} without a token"); balance.set_ylabel("load / mean load")
+        balance.legend(frameon=False)
     if looks:
         plot_depth(depth, looks)
         ratio.plot([r["step"] for r in looks], [r["update_ratio"] for r in looks], color="#1f4e8c", marker=".")
