@@ -198,9 +198,11 @@ def test_the_phase_goes_on_at_one_low_rate_with_92_percent_long_steps(config, ba
         torch.testing.assert_close(trainer.model.state_dict(), model04.load_checkpoint(checkpoint).state_dict(), rtol=0, atol=0)
         return trainer
 
-    pretrain.Trainer.load = staticmethod(spy)
-    try: trainer = experiment.train_phase(config, checkpoint, data, long_text, 0.92, "test")
-    finally: pretrain.Trainer.load = load
+    # by pytest, which puts the class method itself back: what was read above is bound to Trainer, and its subclasses would load Trainers
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain.Trainer, "load", staticmethod(spy))
+        trainer = experiment.train_phase(config, checkpoint, data, long_text, 0.92, "test")
+    assert pretrain.Trainer.load.__func__ is load.__func__ and isinstance(vars(pretrain.Trainer)["load"], classmethod)
     shapes = [tuple(x.ids_bt.shape) for x in seen]
     assert shapes.count((1, 64)) == 12 and shapes.count((4, 16)) == 1 and [row["long"] for row in trainer.rows] == [s == (1, 64) for s in shapes]
     assert {row["lr"] for row in trainer.rows} == {4e-5} and trainer.step == 2 + 13      # PretrainConfig's lr_min
