@@ -104,7 +104,7 @@ class PretrainConfig:
         choices = dict(preset=get_args(Preset), precision=get_args(Precision), on_spike=get_args(OnSpike), device=("cpu", "cuda", "mps"))
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed: raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(allowed)}.")
-        for name in ("steps", "batch", "seq", "micro_batches", "save_every", "keep"):
+        for name in ("steps", "batch", "seq", "micro_batches", "save_every", "keep", "ep", "cp"):
             if getattr(self, name) < 1: raise ValueError(f"{name} = {getattr(self, name)} must be at least 1.")
         if self.batch % self.micro_batches:
             raise ValueError(f"batch = {self.batch} cannot be cut into micro_batches = {self.micro_batches} equal pieces.")
@@ -262,11 +262,11 @@ class LongShort:
 #     decay    lr = low + (peak - low) · (1 - sqrt(r)),        r = (n - start of the decay) / decay steps
 
 def wsd_lr(n: int, total: int, warmup: int, decay: int, peak: float, low: float) -> float:
-    """Warmup-stable-decay with the minus-sqrt form. n = 0 gives 0, n = warmup the peak, n >= total the low end:
+    """Warmup-stable-decay with the minus-sqrt form. n = 0 gives 0, n = warmup the peak, n >= total the low end (decay 0: the peak):
     total 100, decay 25, peak 1, low 0:  n 75 -> 1,  n 81.25 -> 0.5,  n 100 -> 0.   The first quarter of the decay halves the rate."""
-    if n >= total: return low
     if n < warmup: return peak * n / warmup
-    if n <= total - decay: return peak
+    if n <= total - decay or not decay: return peak
+    if n >= total: return low
     return low + (peak - low) * (1 - math.sqrt((n - total + decay) / decay))
 
 
@@ -650,7 +650,7 @@ class Trainer:
         """Back to the newest whole checkpoint from before a spike; the decay begins there. ValueError when the run shall stop, or has none."""
         sound = [f for f in checkpoints(self.home) if int(f.name[5:]) <= self.step - 2 * self.spikes.patience and not damage(f)]
         if self.config.on_spike == "stop" or self.decay_from is not None or not sound:
-            why = {"stop": ""}.get(self.config.on_spike, " a second time" if self.decay_from is not None else ", with no checkpoint from before it")
+            why = "" if self.config.on_spike == "stop" else ", with no checkpoint from before it" if self.decay_from is None else " a second time"
             raise ValueError(f"a spike at step {self.step}{why}: {what}. Lower --lr, or look at metrics.jsonl for what grew first.")
         spiked, self.decay_from = self.step, int(sound[-1].name[5:])
         self.restore(sound[-1])

@@ -90,9 +90,8 @@ def folder_at(home: Path, step: int) -> Path:
 
 def run_settings(config: Config, seed: int):
     """Stage 05's settings of the run: no decay, one blend, checkpoints only where fit is told to save."""
-    # PITFALL: the last step of a run takes lr_min even when there is no decay; here it must be like the others.
     return stage("05_pretrain").PretrainConfig(
-        preset=config.preset, out=config.home, steps=config.steps, batch=config.batch, seq=config.seq, lr=config.lr, lr_min=config.lr, decay=0.0,
+        preset=config.preset, out=config.home, steps=config.steps, batch=config.batch, seq=config.seq, lr=config.lr, decay=0.0,
         blend_switch=1.0, device=config.device, seed=seed, save_every=config.steps, keep=config.steps, health_every=0, branches=())
 
 

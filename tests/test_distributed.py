@@ -171,6 +171,7 @@ def test_a_killed_run_goes_on_with_fewer_processes(tmp_path, alone):
 
 def test_sizes_that_do_not_fit_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="start them with torchrun"): stage.join(replace(CONFIG, ep=2))
+    with pytest.raises(ValueError, match="cp = 0 must be at least 1"): replace(CONFIG, cp=0)
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ValueError, match="dp 3 · cp 1 must be the 4 processes"): stage.join(replace(CONFIG, dp=3))
     with pytest.raises(ValueError, match="cannot be dealt to dp = 4 processes in micro_batches = 4"): stage.join(CONFIG)
