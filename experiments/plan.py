@@ -57,6 +57,7 @@ class Chip:
 
 
 # FP4 and FP8 of Trainium 2, Trainium 3, GB200 and VR200 are [Ultra]'s comparison; data sheets for the rest, sparse peaks halved.
+# NOTE: the data sheets' figures are second-hand and were not compared with the sheets: do that for the chip that you rent.
 CHIPS = {
     "h100": Chip(80, 3.35, 0.989, 1.979, None, 8, 450, 50, "[NVIDIA data sheet, H100 SXM; DGX H100: 8 × 400 Gb/s]"),
     "h200": Chip(141, 4.8, 0.989, 1.979, None, 8, 450, 50, "[NVIDIA data sheet, H200 SXM; DGX H200: 8 × 400 Gb/s]"),
