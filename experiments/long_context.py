@@ -162,9 +162,9 @@ def settings_of(config: Config, checkpoint: Path):
     pretrain, about = stage("05_pretrain"), json.loads((checkpoint / "pretrain.json").read_text())
     saved = {f.name: about["config"][f.name] for f in dataclasses.fields(pretrain.PretrainConfig) if f.name in about["config"]}
     saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-    # a run that has ended (n >= steps) has the rate lr_min for good: wsd_lr
+    # without warmup and decay the rate is constant: wsd_lr
     low = saved["lr_min"] if config.lr is None else config.lr
-    return pretrain.PretrainConfig(**saved | dict(out=config.home, branch_from=None, steps=max(about["step"], 1), warmup=0.0, decay=0.0, lr_min=low,
+    return pretrain.PretrainConfig(**saved | dict(out=config.home, branch_from=None, steps=max(about["step"], 1), warmup=0.0, decay=0.0, lr=low,
                                                   batch=config.batch, micro_batches=config.batch, seq=config.long_seq, health_every=0, device="cpu",
                                                   keep=1, resume=False, fresh=False, branches=()))
 
