@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 nvfp4, mamba, moe = (importlib.import_module(name) for name in ("01_nvfp4", "02_mamba", "03_latentmoe"))
 
@@ -253,18 +254,29 @@ class KVCache:
         return self.k_bhsp[:, :, :end], self.v_bhsp[:, :, :end]
 
 
-def attention_mask(doc_bs: Tensor, t: int) -> Tensor:
+LONG = 2**24       # entries of a mask, 4,096 tokens squared: larger ones a GPU keeps as a list of blocks
+
+def attention_mask(doc_bs: Tensor, t: int, impl: str = "auto") -> Tensor:
     """Who sees whom, bool [b, 1, t, s], for the last t of s tokens: same document, not later.
 
-    Padding (id -1) is seen by nobody and sees itself, because a softmax over nothing is NaN. It costs t·s bytes: fine for the lengths
-    trained here, not for a packed million tokens.
+    Padding (id -1) is seen by nobody and sees itself, because a softmax over nothing is NaN. It costs t·s bytes, the twin's blocks next to nothing.
     """
     s = doc_bs.shape[1]
+    if t * s > LONG and (twin := nvfp4.find_twin("attention", "attention_mask", impl, doc_bs)): return twin(doc_bs, t)
     segment_bs = mamba.segments(doc_bs)
     query_bt, index_s = segment_bs[:, s - t:], torch.arange(s, device=doc_bs.device)
     causal_ts = index_s[s - t:, None] >= index_s
     same_bts = (query_bt[:, :, None] == segment_bs[:, None, :]) & (doc_bs >= 0)[:, None, :]
     return ((same_bts & causal_ts) | (index_s[s - t:, None] == index_s))[:, None]
+
+
+def attend(q_bhtp: Tensor, k_bhsp: Tensor, v_bhsp: Tensor, mask=None) -> Tensor:
+    """softmax(q kᵀ / sqrt(p)) v over what the mask shows, [b, h, t, p]; k and v may have fewer heads. A single query without a mask sees all."""
+    if not (mask is None or isinstance(mask, Tensor)): return nvfp4.find_twin("attention", "attend", "auto", q_bhtp)(q_bhtp, k_bhsp, v_bhsp, mask)
+    # NOTE: is_causal aligns the first query with the first key, right only when nothing is cached; one token after a cache sees all.
+    if q_bhtp.shape[2] > 1: return F.scaled_dot_product_attention(q_bhtp, k_bhsp, v_bhsp, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    grouped = q_bhtp.view(q_bhtp.shape[0], k_bhsp.shape[1], -1, q_bhtp.shape[3])      # decode: heads that share a key head as its queries
+    return F.scaled_dot_product_attention(grouped, k_bhsp, v_bhsp, attn_mask=mask).view_as(q_bhtp)
 
 
 def up_to_here(x: Tensor, dim: int, context: mamba.ContextGroup) -> Tensor:
@@ -292,11 +304,7 @@ class Attention(nn.Module):
         # NOTE: ours, the plainest way: few layers attend, and all their keys and values fit. The last rank has the most to do.
         if self.context is not None: k_bhtp, v_bhtp = up_to_here(torch.stack([k_bhtp, v_bhtp]), 3, self.context)
         assert mask is not None or t in (1, k_bhtp.shape[2]), "several tokens after cached ones need a mask"
-        # NOTE: is_causal aligns the first query with the first key, right only when nothing is cached; one token after a cache sees all.
-        if t == 1:      # decode: the query heads that share a key head can stand side by side as its queries
-            q_bhtp = q_bhtp.reshape(b, self.kv_heads, self.heads // self.kv_heads, self.head_dim)
-        y_bhtp = F.scaled_dot_product_attention(q_bhtp, k_bhtp, v_bhtp, attn_mask=mask, is_causal=mask is None and t > 1, enable_gqa=t > 1)
-        y_bhtp = y_bhtp.reshape(b, self.heads, t, self.head_dim)
+        y_bhtp = attend(q_bhtp, k_bhtp, v_bhtp, mask)
         return self.o_proj(y_bhtp.transpose(1, 2).reshape(b, t, self.heads * self.head_dim))
 
 
@@ -385,7 +393,7 @@ class Nemotron(nn.Module):
             if balance is not None: balances.append(balance)
         return self.backbone.norm_f(x_btd), balances
 
-    def visible(self, doc_bs: Tensor | None, b: int, t: int) -> Tensor | None:
+    def visible(self, doc_bs: Tensor | None, b: int, t: int):
         """attention_mask for the last t tokens; None is plain causal. With a context over all tokens up to this rank's last."""
         if self.context is not None:
             doc_bs = up_to_here(torch.zeros(b, t, dtype=torch.long, device=self.lm_head.weight.device) if doc_bs is None else doc_bs, 1, self.context)
@@ -826,7 +834,7 @@ def _decode(model: Nemotron, prompts: list[list[int]], sampling: SamplingParams,
     u_bt = torch.stack(draws).to(device)
     cache, stop = model.empty_cache(b, ids_bt.shape[1] + steps), torch.tensor(sampling.stop_ids, device=device, dtype=torch.long)
     done_b, tokens, logps = torch.zeros(b, dtype=torch.bool, device=device), [], []
-    for step in _bar(steps, progress):
+    for step in tqdm(range(steps), desc="generate", unit="tok", leave=False, disable=not progress):
         logits_bv = model.lm_head(model.hidden(ids_bt, doc_bt if step == 0 else None, cache)[:, -1]).float()
         next_b = sample(logits_bv, sampling.temperature, sampling.top_p, u_bt[:, step])
         tokens.append(next_b)
@@ -835,12 +843,6 @@ def _decode(model: Nemotron, prompts: list[list[int]], sampling: SamplingParams,
         if done_b.all(): break
         ids_bt = next_b[:, None]
     return torch.stack(tokens, 1).tolist(), torch.stack(logps, 1).tolist() if logps else None
-
-
-def _bar(steps: int, progress: bool):
-    if not progress: return range(steps)
-    from tqdm import tqdm
-    return tqdm(range(steps), desc="generate", unit="tok", leave=False)
 
 
 def _completions(rows: list[list[int]], logps: list[list[float]] | None, stop: set[int]) -> list[Completion]:
