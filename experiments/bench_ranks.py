@@ -109,7 +109,9 @@ def launch(config: Config, name: str, n: int) -> dict:
     flags = [f"--{key}={value}" for key, value in asdict(config).items() if key not in ("check", "recompute", "worker", "only", "out")]
     flags += [f"--{key}" for key in ("check", "recompute") if getattr(config, key)]
     start = [sys.executable] if n == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
-    done = subprocess.run([*start, __file__, *flags, "--worker", name], capture_output=True, text=True, cwd=ROOT)
+    # rows that arrive from other experts' tokens are never as many as before: without this the GPU's memory falls into pieces
+    env = os.environ | (dict(PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True") if n > 1 else {})
+    done = subprocess.run([*start, __file__, *flags, "--worker", name], capture_output=True, text=True, cwd=ROOT, env=env)
     found = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not found: raise RuntimeError(f"{name} on {n}: exit code {done.returncode}\n" + (done.stdout + done.stderr)[-3000:])
     return json.loads(found[-1])
