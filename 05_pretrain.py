@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
+import inspect
 import json
 import math
 import os
@@ -28,11 +29,13 @@ import sys
 import tempfile
 import threading
 import time
-import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -46,10 +49,11 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 
 from data import corpus
-from data.shards import Shard, Stream
-from data.tokenizer import EOS, RESERVED, Tokenizer, train_bpe  # noqa: F401  (names of this stage)
+from data.batches import Batch, Batches, Blend, LongShort  # noqa: F401  (names of this stage)
+from data.shards import Shard, Stream  # noqa: F401
+from data.tokenizer import EOS, RESERVED, Tokenizer, train_bpe  # noqa: F401
 
-nvfp4, moe, nemotron = (importlib.import_module(name) for name in ("01_nvfp4", "03_latentmoe", "04_model"))
+nvfp4, mamba, moe, nemotron = (importlib.import_module(name) for name in ("01_nvfp4", "02_mamba", "03_latentmoe", "04_model"))
 
 # %% 1 · Config  [Ultra, pretraining]
 # Every setting once, with Ultra's value beside ours. The command's flags are made from this class.
@@ -63,7 +67,7 @@ OnSpike = Literal["ignore", "stop", "rollback"]
 class PretrainConfig:
     """Pretrains one preset of stage 04."""
     preset: Preset = "tiny"
-    data: tuple[str, ...] = ()       # built-in sources by name, files (.txt .jsonl .parquet), hf:NAME; nothing = all built-in sources
+    data: tuple[str, ...] = ()       # built-in sources by name, files (.txt .jsonl .parquet), hf:NAME@200MB; nothing = all built-in sources
     out: Path = Path("out")          # result rows; metrics and checkpoints in out/pretrain, text and tokens in out/data
     steps: int = 600                 # optimizer steps, ours: about 3 minutes on 2 cores; Ultra takes 794,728
     batch: int = 4                   # sequences a step, ours: Ultra 3,072
@@ -84,6 +88,7 @@ class PretrainConfig:
     precision: Precision = "fp32"    # nvfp4 stands on bf16 on a GPU and on fp32 on a CPU; Ultra: nvfp4
     device: Literal["cpu", "cuda", "mps"] = "cpu"
     record: bool = True              # on a GPU: record the kernels of a step once and replay them, same numbers, no waiting for Python
+    compile: bool = False            # torch.compile for what lies between the kernels; other rounding, so a run keeps what it began with
     recompute: bool = False          # drop activations and compute them again in the backward pass: less memory, same numbers
     dp: int = 0                      # processes that read different rows; 0: all that torchrun started, divided by cp
     ep: int = 1                      # processes that share the experts
@@ -91,6 +96,7 @@ class PretrainConfig:
     seed: int = 0
     save_every: int = 100            # steps between checkpoints
     keep: int = 2                    # checkpoints kept (the one that branches start from is kept too)
+    async_save: bool = True          # several processes: train on while a checkpoint is written, from a copy in the host's memory
     health_every: int = 50           # steps between looks at the residual stream and the size of the updates; 0: never
     on_spike: OnSpike = "ignore"     # rollback: to the last good checkpoint, and begin the decay there [Ultra, near 16T tokens]
     eval_windows: int = 48           # windows of held-out text scored per source
@@ -125,8 +131,8 @@ class PretrainConfig:
 
 
 # What may differ between a checkpoint and the run that goes on from it: everything that does not change a number of the main run.
-FREE = {"out", "device", "record", "recompute", "dp", "ep", "cp", "save_every", "keep", "health_every", "on_spike", "eval_windows", "branches",
-        "branch_steps", "branch_from", "resume", "fresh"}
+FREE = {"out", "device", "record", "recompute", "dp", "ep", "cp", "save_every", "keep", "async_save", "health_every", "on_spike", "eval_windows",
+        "branches", "branch_steps", "branch_from", "resume", "fresh"}
 
 
 # %% 2 · Tokenizer and token shards  [Tekken]
@@ -158,102 +164,9 @@ def prepare_data(data: tuple[str, ...], folder: Path, vocab: int) -> Data:
 
 
 # %% 3 · Packed batches and blend  [Ultra, data]
-# A source is an endless row of tokens: its documents in an order drawn anew for each epoch. A training window is t + 1 tokens of that row, cut
-# without regard to documents; doc_bt counts them, so that Mamba states and attention end where a document does. Windows are dealt to sources by
-# the blend's shares. All of it is a function of (seed, step): the data position of a checkpoint is one number, and no loader has a state to lose.
-
-class Batch(NamedTuple):
-    """One step's windows. labels_bt[t] is the token after ids_bt[t]; mask_bt is False where that token opens another document (or is padding)."""
-    ids_bt: Tensor
-    labels_bt: Tensor
-    doc_bt: Tensor
-    mask_bt: Tensor
-
-    def split(self, n: int) -> list[Batch]:
-        return [Batch(*piece) for piece in zip(*(x.chunk(n) for x in self))]
-
-    def to(self, device) -> Batch:
-        return Batch(*(x.to(device) for x in self))
-
-    @classmethod
-    def from_windows(cls, ids_bt: np.ndarray, doc_bt: np.ndarray) -> Batch:
-        """ids and document numbers of t + 1 tokens a row.   ids 5 6 2 7, documents 0 0 0 1  ->  labels 6 2 7, mask 1 1 0"""
-        ids_bt, doc_bt = torch.from_numpy(ids_bt), torch.from_numpy(doc_bt)
-        return cls(ids_bt[:, :-1], ids_bt[:, 1:], doc_bt[:, :-1], (doc_bt[:, 1:] == doc_bt[:, :-1]) & (doc_bt[:, 1:] >= 0))
-
-
-@dataclass(frozen=True)
-class Blend:
-    """Shares of the training windows by source, in two phases: first diversity, then quality  [Ultra]."""
-    phase1: dict[str, float]
-    phase2: dict[str, float]
-    switch: float = 0.75
-
-    @classmethod
-    def of(cls, shards: dict[str, Shard], switch: float = 0.75) -> Blend:
-        """data/corpus.py's table for built-in sources; by size as soon as there is other text, so that an epoch sees all of it once."""
-        size = {name: float(len(shard.tokens)) for name, shard in shards.items()}
-        known = all(name in corpus.SOURCES for name in shards)
-        phases = [{name: getattr(corpus.SOURCES[name], phase) for name in shards} if known else size for phase in ("phase1", "phase2")]
-        return cls(*({name: share / sum(phase.values()) for name, share in phase.items()} for phase in phases), switch)
-
-    def plan(self, windows: int, budget: int) -> np.ndarray:
-        """Which source each of `windows` windows reads; the phase switches after switch · budget of them. A longer plan begins like a shorter one.
-
-        Window k of a source with share w is due at (k + 1/2) / w, and windows are dealt as they fall due: shares .5 .25 .25 -> 0 1 2 0 ...
-        """
-        first = min(round(self.switch * budget), windows)
-        parts = []
-        for shares, n in ((self.phase1, first), (self.phase2, windows - first)):
-            due = [(np.arange(math.ceil(w * n) + 1) + 0.5) / w if w else np.zeros(0) for w in shares.values()]
-            source = np.repeat(np.arange(len(due)), [len(d) for d in due])
-            parts.append(source[np.argsort(np.concatenate(due), kind="stable")][:n])
-        return np.concatenate(parts)
-
-
-class Batches:
-    """step -> Batch, for a run of `steps` steps (and any number beyond, in the second phase). Of `ranks` that share a step, rank i gets every row
-    i, i + ranks, .. of it: together they read what one would read alone."""
-    def __init__(self, shards: dict[str, Shard], blend: Blend, batch: int, seq: int, steps: int, seed: int, extra: int = 0, rank: int = 0,
-                 ranks: int = 1):
-        total = sum(len(s.tokens) for s in shards.values())
-        if total < batch * seq + 1:
-            raise ValueError(f"the corpus has {total:,} tokens and one batch of {batch} × {seq} needs {batch * seq + 1:,}: "
-                             "give more text, or lower --batch or --seq.")
-        if batch % ranks: raise ValueError(f"a batch of {batch} sequences cannot be shared by {ranks} ranks: choose a multiple.")
-        self.batch, self.seq, self.names, self.rank, self.ranks = batch, seq, list(blend.phase1), rank, ranks
-        self.streams = [Stream(shards[name], (seed, zlib.crc32(name.encode()))) for name in self.names]      # each source has its own order
-        self.plan = blend.plan((steps + extra) * batch, steps * batch)
-        self.turn = np.empty(len(self.plan), np.int64)      # which window of its source each one is
-        for i in range(len(self.names)): self.turn[self.plan == i] = np.arange((self.plan == i).sum())
-
-    def __call__(self, step: int) -> Batch:
-        rows = range(step * self.batch + self.rank, (step + 1) * self.batch, self.ranks)
-        # windows overlap by one token: the last label of one is the first input of the next, and every token is predicted once
-        windows = [self.streams[self.plan[r]].window(int(self.turn[r]) * self.seq, self.seq + 1) for r in rows]
-        return Batch.from_windows(*(np.stack(x) for x in zip(*windows)))
-
-    def epochs(self, step: int) -> dict[str, float]:
-        """How often each source has been read after `step` steps."""
-        seen = np.bincount(self.plan[:step * self.batch], minlength=len(self.names)) * self.seq
-        return {name: float(seen[i] / stream.size) for i, (name, stream) in enumerate(zip(self.names, self.streams))}
-
-
-class LongShort:
-    """step -> Batch of the long-context phase: most steps read long windows, the others short ones, and no step mixes lengths  [Ultra: 92 % of the
-    steps at 1M tokens, 8 % at 4K]. Every step has the same number of tokens, so a long one has fewer windows."""
-    def __init__(self, long: Batches, short: Batches, share: float = 0.92):
-        if long.batch * long.seq != short.batch * short.seq:
-            raise ValueError(f"long steps have {long.batch * long.seq:,} tokens and short ones {short.batch * short.seq:,}: they must be equal.")
-        if not 0 <= share <= 1: raise ValueError(f"share = {share} of long steps must lie in [0, 1].")
-        self.long, self.short, self.share = long, short, share
-
-    def is_long(self, step: int) -> bool:
-        """Evenly spread: of n steps, round(share · n) are long."""
-        return math.floor((step + 1) * self.share + 0.5) > math.floor(step * self.share + 0.5)
-
-    def __call__(self, step: int) -> Batch:
-        return (self.long if self.is_long(step) else self.short)(step)
+# data/batches.py. A training window is t + 1 tokens of a source's documents behind one another, cut without regard to them; doc_bt counts the
+# documents, so that Mamba states and attention end where one does. Windows are dealt to sources by the blend's shares (Blend), and Batches is a
+# function of (seed, step): the data position of a checkpoint is one number, and no loader has a state to lose. LongShort mixes two lengths.
 
 
 # %% 4 · Schedule and optimizer  [Ultra, pretraining; Megatron, optimizer_param_scheduler]
@@ -292,7 +205,8 @@ def make_optimizer(model: nemotron.Nemotron, config: PretrainConfig) -> torch.op
 # %% 5 · Checkpoints
 # A checkpoint is a folder: the released layout of stage 04 (any tool opens it), the optimizer, the random state, and the step, which is the data
 # position. It is written under another name, forced to disk, and renamed last: a crash leaves the old one or the new one, never half of one.
-# files.json holds the sizes, so that a copy cut short is noticed before anything is loaded.
+# files.json holds the sizes, so that a copy cut short is noticed before anything is loaded. One process waits for the disk; several train on while
+# a copy of the step is written (section 9: save, wait).
 
 def checkpoints(home: Path) -> list[Path]:
     return sorted(Path(home).glob("step-[0-9]*[0-9]"))
@@ -315,13 +229,17 @@ def newest_checkpoint(home: Path) -> Path:
     raise ValueError(f"nothing to resume: {home} holds no whole checkpoint; start without --resume.")
 
 
-def write_folder(final: Path, fill: Callable[[Path], None]) -> None:
-    """Creates folder `final` with the files that fill(folder) writes, all or nothing. OSError when the disk refuses; then `final` is as it was."""
-    final.parent.mkdir(parents=True, exist_ok=True)
+def unfinished(final: Path) -> Path:
+    """An empty place beside `final`, to write it in; what a killed run left there is gone. write_folder makes the folder."""
     work = final.with_name(final.name + ".part")
     shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
+    return work
+
+
+def write_folder(final: Path, work: Path, fill: Callable[[Path], None]) -> None:
+    """Folder `work`, with what fill(work) adds, becomes `final`, all or nothing. OSError when the disk refuses; then `final` is as it was."""
     try:
+        work.mkdir(parents=True, exist_ok=True)
         fill(work)
         sizes = {f.name: f.stat().st_size for f in sorted(work.iterdir())}
         (work / "files.json").write_text(json.dumps(sizes, indent=1))
@@ -415,6 +333,30 @@ def update_ratio(optimizer: torch.optim.AdamW) -> float:
     return torch.stack(ratios).median().item()
 
 
+def training_flops(c: nemotron.ModelConfig, seq: int, depths: int) -> float:
+    """A token's FLOPs forward and backward, the latter twice the former: the ledger's, and `depths` passes of the MTP head, which is its own layers,
+    the output layer, and eh_proj [2d -> d]. What --recompute computes again is no work, and a text's borders inside a window save none."""
+    flops = sum(nemotron.ledger(c, seq).flops_per_token.values())
+    if depths and c.mtp_pattern:
+        head = nemotron.ledger(replace(c, pattern=c.mtp_pattern, mtp_pattern="", mtp_depths=0), seq).flops_per_token
+        flops += depths * (sum(head.values()) + 4 * c.d_model ** 2)
+    return 3 * flops
+
+
+def peak_share(tokens_per_s: float, flops_per_token: float, peak: float, devices: int = 1) -> float:
+    """Model FLOPs utilisation: 1,000 tokens a second of 3e9 FLOPs each, on 2 devices of 1e13 FLOP/s  ->  0.15."""
+    return round(tokens_per_s * flops_per_token / (peak * devices), 5)
+
+
+# The SXM cards of the data sheet, by the driver's name for them. NOTE: nvfp4 is held against the bf16 peak too: on these cards it is emulated.
+PEAKS = {"NVIDIA H100 80GB HBM3": nemotron.BF16_PEAK * 1e12, "NVIDIA H200": nemotron.BF16_PEAK * 1e12}
+
+
+def device_peak(device: str) -> float | None:
+    """FLOP/s of bf16 products, dense; None where it is not known."""
+    return PEAKS.get(torch.cuda.get_device_name()) if device == "cuda" else None
+
+
 class SpikeDetector:
     """Sees a spike: loss or gradient norm above the median of recent steps by `width` times their spread, `patience` steps in a row.
     The spread is the median absolute deviation, at least half a percent of the median. ours: the report does not say what its alarm was."""
@@ -448,6 +390,7 @@ class Ranks(NamedTuple):
     everyone: DeviceMesh      # [world]
     experts: DeviceMesh       # [ep, copies]
     grid: DeviceMesh          # [dp, cp]
+    files: dist.ProcessGroup  # all of them again, on the CPU: writes checkpoints while the others are busy with training
 
     @property
     def number(self) -> int: return self.everyone.get_rank()
@@ -472,7 +415,7 @@ def join(config: PretrainConfig) -> Ranks | None:
     numbers = torch.arange(world)
     return Ranks(DeviceMesh(config.device, numbers, mesh_dim_names=("all",)),
                  DeviceMesh(config.device, numbers.view(-1, config.ep).T, mesh_dim_names=("ep", "copies")),
-                 DeviceMesh(config.device, numbers.view(dp, config.cp), mesh_dim_names=("dp", "cp")))
+                 DeviceMesh(config.device, numbers.view(dp, config.cp), mesh_dim_names=("dp", "cp")), dist.new_group(backend="gloo"))
 
 
 def parallelize(model: nemotron.Nemotron, ranks: Ranks) -> nemotron.Nemotron:
@@ -524,6 +467,24 @@ class Recorded:
         graph.replay()
 
 
+def compile_blocks(model: nemotron.Nemotron) -> None:
+    """torch.compile, in place, for what lies between the kernels of a block: projections, gates, sums. Blocks of one letter share the code.
+
+    Left as they are: what sizes its tensors by the data (documents, routing) or is a kernel already, and products in 4 and 8 bits, for whose scales
+    (E8M0) torch's compiler for CPUs has no type. Without gradients (scores, text) blocks run as written: there shapes change from call to call.
+    """
+    kernels = ("rmsnorm", "gated_rmsnorm") if model.lm_head.weight.is_cuda else ()      # a CPU has no twin of them
+    for name in ("conv_halo", "causal_conv1d", "ssd_chunked", "ssd_across_ranks", *kernels):
+        setattr(mamba, name, torch.compiler.disable(inspect.unwrap(getattr(mamba, name))))
+    torch._dynamo.config.recompile_limit = 32      # ours: 3 letters, in the trunk and in the head, for a few shapes; torch gives up behind 8
+    plain, fast = nemotron.Block.forward, torch.compile(nemotron.Block.forward)
+    def forward(block, *args): return (fast if torch.is_grad_enabled() else plain)(block, *args)
+    for module in model.modules():      # bound anew, so that hooks stay outside and a copied model calls its own blocks
+        if isinstance(module, nemotron.Block): module.forward = MethodType(forward, module)
+        elif isinstance(module, (moe.Experts, nvfp4.NVFP4Linear, nvfp4.MXFP8Linear)):
+            module.forward = MethodType(torch.compiler.disable(type(module).forward), module)
+
+
 class NotFinite(ValueError):
     """A step whose loss or gradient norm is not finite; the weights are as before it."""
 
@@ -539,9 +500,12 @@ class Trainer:
         self.model = model.to(config.device).train()
         if config.precision == "nvfp4": nemotron.apply_recipe(self.model, recipe or nvfp4.NVFP4Recipe())
         self.model.recompute = config.recompute
+        if config.compile: compile_blocks(self.model)
         if ranks is not None: parallelize(self.model, ranks)
         self.optimizer = make_optimizer(self.model, config)
         self.step, self.rows, self.saved_step, self.decay_from, self.spikes = 0, [], None, None, SpikeDetector()
+        self.writing, self.background = None, ThreadPoolExecutor(1)      # (folder, what waits for it) of the checkpoint on its way to disk
+        self.peak = None if objective else device_peak(config.device)      # whoever brings a loss of his own does other work than is counted here
         self.sums = self.load_me = None      # of the step at hand: losses (total, main, aux, one a depth) and gradient norm; tokens per expert
         self.draws = self.draw_table().to(config.device)
         self.compute = Recorded(self.compute_step) if config.record and config.device == "cuda" and ranks is None else self.compute_step
@@ -609,6 +573,9 @@ class Trainer:
                    max_vio_median=float(np.median(violation)) if violation else None, max_vio=max(violation, default=None),
                    dead_experts=int(moe.dead_experts(load_me).sum()), tokens_per_s=round(tokens / seconds, 1),
                    seconds=round(seconds, 4))
+        if self.peak is not None:
+            depths, devices = self.model.config.mtp_depths if c.mtp_weight else 0, 1 if self.ranks is None else self.ranks.everyone.size()
+            row["peak_share"] = peak_share(tokens / seconds, training_flops(self.model.config, batch.ids_bt.shape[1], depths), self.peak, devices)
         if c.health_every and self.step % c.health_every == 0:
             piece = batch.split(c.micro_batches)[0]
             if self.model.context is not None: piece = Batch(*(x.chunk(self.model.context.size, 1)[self.model.context.rank] for x in piece))
@@ -618,13 +585,15 @@ class Trainer:
         return row
 
     def fit(self, until: int, save_at: Iterable[int] = (), log_every: int = 50, label: str = "train") -> bool:
-        """Trains to step `until`, saving every save_every steps, at `save_at` and at the end. False when Ctrl-C ended it (the step is saved)."""
+        """Trains to step `until`, saving every save_every steps, at `save_at` and at the end. False when Ctrl-C ended it (the step is saved).
+        When it returns, every checkpoint is whole."""
         c, save_at, log = self.config, {*save_at, until}, self.home / "metrics.jsonl" if self.leads else Path(os.devnull)
         self.home.mkdir(parents=True, exist_ok=True)
         with _Interrupt() as interrupt, tqdm(total=until, initial=self.step, desc=label, unit="step", disable=None if self.leads else True) as bar:
             while self.step < min(until, self.last_step) and not self.anyone(interrupt.seen):
                 try: row = self.train_step()
                 except NotFinite as error:
+                    self.wait()
                     if c.on_spike != "rollback": raise
                     self.roll_back(str(error), log); continue
                 with log.open("a") as file: file.write(json.dumps(row) + "\n")
@@ -634,6 +603,7 @@ class Trainer:
                 if self.step % c.save_every == 0 or self.step in save_at or self.step == self.last_step: self.save()
             stopped = self.anyone(interrupt.seen)
             if stopped: self.save()
+            self.wait()
         return not stopped
 
     @property
@@ -648,6 +618,7 @@ class Trainer:
 
     def roll_back(self, what: str, log: Path) -> None:
         """Back to the newest whole checkpoint from before a spike; the decay begins there. ValueError when the run shall stop, or has none."""
+        self.wait()
         sound = [f for f in checkpoints(self.home) if int(f.name[5:]) <= self.step - 2 * self.spikes.patience and not damage(f)]
         if self.config.on_spike == "stop" or self.decay_from is not None or not sound:
             why = "" if self.config.on_spike == "stop" else ", with no checkpoint from before it" if self.decay_from is None else " a second time"
@@ -661,36 +632,59 @@ class Trainer:
         tqdm.write(f"a spike at step {spiked}: {what}. Back to step {self.step}; the decay begins here and ends at step {self.last_step}.")
 
     def save(self) -> Path:
-        """Writes home/step-N and removes checkpoints beyond the newest `keep` (but never the one that branches start from)."""
-        folder = self.home / f"step-{self.step:06d}"
+        """Writes home/step-N and removes checkpoints beyond the newest `keep` (but never the one that branches start from).
+
+        Several processes train on meanwhile: the folder holds this step's numbers, and has its name at the latest when `wait` returns.
+        """
+        folder, later = self.home / f"step-{self.step:06d}", self.ranks is not None and self.config.async_save
         if self.saved_step == self.step: return folder
-        try: self.write(folder)
-        except OSError as error:
-            raise ValueError(f"cannot write the checkpoint {folder} ({error.strerror or error}): make room, then --resume.") from error
-        self.saved_step = self.step
-        for old in checkpoints(self.home)[:-self.config.keep] if self.leads else []:
-            if old.name != f"step-{self.config.branch_step:06d}": shutil.rmtree(old)
+        self.wait()      # one at a time
+        finish = self.write(folder)
+        self.saved_step, self.writing = self.step, (folder, self.background.submit(finish).result if later else finish)
+        if not later: self.wait()
         return folder
 
-    def write(self, folder: Path) -> None:
-        """One process: weights in the released layout, and trainer.pt. Several: everything in parts, each process writing its own (DCP)."""
+    def wait(self) -> None:
+        """Until the checkpoint on its way to disk, if there is one, is whole. All ranks call it behind the same step; ValueError on all of them when
+        one could not write."""
+        if self.writing is None: return
+        (folder, finish), self.writing, failed = self.writing, None, None
+        try: finish()
+        except OSError as error: failed = error
+        except dcp.CheckpointException as error: failed = next(iter(error.failures.values()))[0]      # one error a rank
+        if self.anyone(failed is not None):
+            self.saved_step, reason = None, "another process was refused" if failed is None else getattr(failed, "strerror", None) or failed
+            raise ValueError(f"cannot write the checkpoint {folder} ({reason}): make room, then --resume.") from failed
+
+    def write(self, folder: Path) -> Callable[[], None]:
+        """Takes down the state of this step; the function that it returns brings it to disk. One process: weights in the released layout, and
+        trainer.pt. Several: everything in parts, each process writing its own (DCP)."""
         trainer = dict(rng=torch.get_rng_state(), step=self.step, decay_from=self.decay_from)
+        about = dict(config=asdict(self.config), step=self.step, data=self.data_hash, torch=torch.__version__)
+        work = unfinished(folder) if self.leads else folder.with_name(folder.name + ".part")
+        if self.ranks is not None:
+            dist.barrier()      # nobody writes into a folder that is about to be emptied
+            args = dict(state_dict=self.parts(), checkpoint_id=work, process_group=self.ranks.files)
+            write_parts = dcp.async_save(**args).result if self.config.async_save else partial(dcp.save, **args)
+            if not self.leads: return write_parts
 
         def fill(work: Path) -> None:
             if self.ranks is None:
                 nemotron.save_checkpoint(work, self.model, self.tokenizer)
                 trainer["optimizer"] = {name: self.optimizer.state[p] for name, p in self.model.named_parameters()}
             else:
-                dcp.save(self.parts(), checkpoint_id=work)
+                write_parts()      # returns when all processes have written theirs
                 (work / "config.json").write_text(json.dumps(self.model.config.to_dict(), indent=1))
                 if self.tokenizer is not None: self.tokenizer.save(work)
             torch.save(trainer, work / "trainer.pt")
-            about = dict(config=asdict(self.config), step=self.step, data=self.data_hash, torch=torch.__version__)
             (work / "pretrain.json").write_text(json.dumps(about, indent=1, default=str))
 
-        if self.leads: write_folder(folder, fill)
-        else: dcp.save(self.parts(), checkpoint_id=folder.with_name(folder.name + ".part"))
-        if self.ranks is not None: dist.barrier()
+        def finish() -> None:
+            write_folder(folder, work, fill)
+            for old in checkpoints(self.home)[:-self.config.keep]:
+                if old.name != f"step-{self.config.branch_step:06d}": shutil.rmtree(old)
+
+        return finish
 
     def parts(self) -> dict[str, Tensor]:
         """Everything that a checkpoint in parts holds, each tensor with its place in the whole, in the memory that training uses."""
@@ -723,6 +717,7 @@ class Trainer:
     def restore(self, folder: Path, weights: bool = True) -> None:
         """Weights, optimizer, random state and step of a checkpoint, in place: a recorded step knows them by their addresses. A checkpoint in parts
         may come from any number of processes."""
+        self.wait()
         saved = torch.load(folder / "trainer.pt", map_location=self.config.device, weights_only=True)
         if "optimizer" not in saved: dcp.load(self.parts(), checkpoint_id=folder)
         elif weights:
@@ -764,8 +759,9 @@ def check_same_run(folder: Path, config: PretrainConfig, data_hash: str) -> None
     saved = json.loads((folder / "pretrain.json").read_text())
     now = json.loads(json.dumps(asdict(config), default=str))
     for f in fields(config):
-        if f.name not in FREE and saved["config"].get(f.name) != now[f.name]:
-            raise ValueError(f"{folder} was trained with {f.name} = {saved['config'].get(f.name)}, not {now[f.name]}: go on with the same settings, "
+        was = saved["config"].get(f.name, f.default)      # a setting that did not exist yet
+        if f.name not in FREE and was != now[f.name]:
+            raise ValueError(f"{folder} was trained with {f.name} = {was}, not {now[f.name]}: go on with the same settings, "
                              "or start over with --fresh.")
     if saved["data"] != data_hash:
         raise ValueError(f"the text is not the one {folder} was trained on: give the same --data, or start over with --fresh.")
@@ -891,6 +887,8 @@ def check_machine(config: PretrainConfig) -> None:
         with tempfile.TemporaryFile(dir=config.home): pass
     except OSError as error:
         raise ValueError(f"cannot write to {config.home} ({error.strerror or error}): choose another folder with --out.") from error
+    if config.compile and config.device == "cpu" and not any(map(shutil.which, ("g++", "clang++", "cl"))):
+        raise ValueError("--compile on a CPU needs a C++ compiler, and neither g++ nor clang++ is there: install one, or leave --compile out.")
     book = nemotron.ledger(nemotron.preset(config.preset))
     need = 16 * (book.total + book.mtp) / int(os.environ.get("WORLD_SIZE", 1))      # fp32 weight, gradient and two moments
     have = torch.cuda.get_device_properties(0).total_memory if config.device == "cuda" else _physical_memory()
@@ -936,7 +934,8 @@ def branch_only(config: PretrainConfig) -> None:
     """--branch-from: one branch with the settings of the checkpoint, in --precision."""
     if problem := damage(config.branch_from): raise ValueError(f"{problem}: give --branch-from a folder like out/pretrain/step-000410.")
     saved = json.loads((config.branch_from / "pretrain.json").read_text())
-    fixed = {f.name: tuple(v) if isinstance(v := saved["config"][f.name], list) else v for f in fields(config) if f.name not in FREE | {"precision"}}
+    was = {f.name: saved["config"].get(f.name, f.default) for f in fields(config) if f.name not in FREE | {"precision"}}
+    fixed = {name: tuple(value) if isinstance(value, list) else value for name, value in was.items()}
     config = replace(config, **fixed)
     data = prepare_data(config.data, config.out / "data", nemotron.preset(config.preset).vocab)
     check_same_run(config.branch_from, replace(config, precision=saved["config"]["precision"]), hash_of(data))

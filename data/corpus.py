@@ -1,8 +1,9 @@
 """Text to learn from, with no download: a table of sources, a generator of stories and facts, and a split by content.
 
 A source is a function of a seed that yields documents (strings); add one to SOURCES and every stage can use it by name (`--data NAME`).
-Besides the table, `--data` takes local files (path/*.txt, *.jsonl, *.parquet; the last two with a field "text") and `hf:NAME`, a set on
-the Hugging Face hub (`hf:NAME@CONFIG` for one of its configurations).
+Besides the table, `--data` takes local files (path/*.txt, *.jsonl, *.parquet; the last two with a field "text") and sets on the Hugging Face
+hub, streamed in their own order: `hf:NAME@200MB` reads documents until the next one would make more than 200 MB of text (KB, MB, GB), and
+downloads little more; `hf:NAME@CONFIG@200MB` those of one configuration; without an amount the whole set is read.
 
 Run:      python data/corpus.py               # 2 s: a few documents of each built-in source
 Contents: 1 Python's own text   2 questions with worked steps   3 stories   4 facts   5 files and the hub   6 sources   7 split and build
@@ -12,6 +13,7 @@ Licences: the standard library and its topics are PSF-2.0 and are read from the 
 import glob
 import hashlib
 import json
+import math
 import os
 import platform
 import random
@@ -412,14 +414,27 @@ def read_file(path: Path) -> Iterator[str]:
     except OSError as error: raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
 
 
+def hub_name(name: str) -> tuple[str, str | None, float]:
+    """(repository, configuration or None, most bytes of text).   org/set@en@1.5GB -> org/set, en, 1.5e9     org/set -> org/set, None, inf"""
+    (repository, *rest), limit = name.split("@"), math.inf
+    if rest and (amount := re.fullmatch(r"(\d+(?:\.\d+)?)(KB|MB|GB)", rest[-1])):
+        limit = float(amount[1]) * {"KB": 1e3, "MB": 1e6, "GB": 1e9}[amount[2]]
+        rest.pop()
+    if not repository or len(rest) > 1 or not all(rest) or not limit:
+        raise ValueError(f"--data hf:{name}: write hf:NAME, hf:NAME@200MB, hf:NAME@CONFIG or hf:NAME@CONFIG@200MB; amounts end in KB, MB or GB.")
+    return repository, rest[0] if rest else None, limit
+
+
 def read_hub(name: str) -> Iterator[str]:
-    """A set of the Hugging Face hub, streamed. Needs the network; `NAME@CONFIG` picks a configuration."""
+    """Documents of a hub's set (hub_name), one at a time as they come over the network. A limit cuts no document: the first that goes over it ends
+    the stream, so that the same name gives the same text."""
     import datasets
-    repository, _, config = name.partition("@")
+    (repository, config, limit), taken = hub_name(name), 0
     try:
-        rows = datasets.load_dataset(repository, config or None, split="train", streaming=True)
-        for row in rows:
+        for row in datasets.load_dataset(repository, config, split="train", streaming=True):
             if "text" not in row: raise ValueError(f'hf:{name} has no field "text", only {", ".join(sorted(row))}: save it as .jsonl with one.')
+            taken += len((row["text"] or "").encode("utf-8", "replace"))
+            if taken > limit: return
             yield row["text"]
     except (OSError, datasets.exceptions.DatasetsError) as error:      # connection errors are OSErrors
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
@@ -444,7 +459,7 @@ SOURCES: dict[str, Source] = {
     "tasks":   Source(worked_tasks, 2.5, 0.30, 0.30, "arithmetic and word questions with worked steps"),
     "stories": Source(stories_and_facts, 2.5, 0.35, 0.45, "stories and facts from the generator in data/corpus.py"),
 }
-FILE_MEGABYTES = 1000.0      # ours: at most this much of the files and of each hub set is taken
+FILE_MEGABYTES = 1000.0      # ours: at most this much of the files is taken
 
 
 def resolve(data: tuple[str, ...]) -> dict[str, tuple[Callable[[int], Iterator[str]], float, list[str]]]:
@@ -454,13 +469,14 @@ def resolve(data: tuple[str, ...]) -> dict[str, tuple[Callable[[int], Iterator[s
         if item in SOURCES:
             found[item] = (SOURCES[item].documents, SOURCES[item].megabytes, [item])
         elif item.startswith("hf:"):
-            found[re.sub(r"\W+", "-", item)] = ((lambda seed, name=item[3:]: read_hub(name)), FILE_MEGABYTES, [item])
+            hub_name(item[3:])      # a word that cannot be read is refused now, not after other text has been made
+            found[re.sub(r"\W+", "-", item)] = ((lambda seed, name=item[3:]: read_hub(name)), math.inf, [item])
         elif Path(item).suffix in (".txt", ".jsonl", ".parquet"):
             matches = sorted(Path(match) for match in glob.glob(item, recursive=True)) or [Path(item)]
             if not matches[0].exists(): raise ValueError(f"--data {item}: no such file")
             files += matches
         else:
-            raise ValueError(f"--data {item}: give one of {', '.join(SOURCES)}, files that end in .txt, .jsonl or .parquet, or hf:NAME")
+            raise ValueError(f"--data {item}: give one of {', '.join(SOURCES)}, files that end in .txt, .jsonl or .parquet, or hf:NAME@200MB")
     if files:
         identity = [f"{f.resolve()} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files]
         found["files"] = ((lambda seed: (document for file in files for document in read_file(file))), FILE_MEGABYTES, identity)

@@ -123,6 +123,12 @@ def plot_health(rows: list[dict], path: Path) -> None:
     depths.set_title("Losses by prediction depth"); depths.set_ylabel("nats a token"); depths.legend(frameon=False)
     speed.plot(steps, [r["tokens_per_s"] for r in rows], color="#1f4e8c", linewidth=1)
     speed.set_ylim(bottom=0); speed.set_title("Speed"); speed.set_ylabel("tokens a second")
+    if shares := [r["peak_share"] for r in rows if r.get("peak_share") is not None]:      # on a GPU whose peak is known
+        speed.set_title(f"Speed: {100 * np.median(shares):.1f} % of the bf16 peak in the median")
+        share = speed.twinx()
+        share.plot([r["step"] for r in rows if r.get("peak_share") is not None], [100 * x for x in shares], color="#e8a33d", linewidth=1)
+        # often one curve in two units: the share takes the lower half, so that both are seen
+        share.set_ylim(0, 200 * max(shares)); share.set_ylabel("% of the bf16 peak (orange)"); share.grid(False)
     for ax in (balance, norm, ratio, depths, speed): ax.set_xlabel("optimizer step")
     for ax in (depth, norm): ax.yaxis.set_major_formatter("{x:g}"); ax.yaxis.set_minor_formatter("{x:g}")      # 2, not 2 × 10⁰
     nvfp4.save_figure(fig, path)

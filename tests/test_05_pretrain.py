@@ -8,6 +8,7 @@ import os
 import random
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,6 +156,53 @@ def test_text_files_of_every_kind_are_read(tmp_path):
     assert len(pieces) > 3 and max(map(len, pieces)) < 8100      # one file is not one document: a held-out share can exist
 
 
+def hub_set(monkeypatch, documents):
+    """A set that load_dataset streams, made here; returns the documents handed out so far."""
+    import datasets
+    given = []
+    def rows():
+        for document in documents: given.append(document); yield dict(text=document, other=1)
+    def load(name, config=None, split=None, streaming=False):
+        assert (name, config, split, streaming) == ("some/set", "en", "train", True)
+        return datasets.IterableDataset.from_generator(rows)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return given
+
+
+def test_a_hub_set_is_streamed_up_to_its_limit_and_not_further(monkeypatch, tmp_path):
+    """Ten bytes a document: 2 KB are 200 of them and the one that would go over. A set that is loaded whole first would hand out all 5,000."""
+    documents = [f"{i:08d}é" for i in range(5000)]      # é is two bytes
+    given = hub_set(monkeypatch, documents)
+    stream = corpus.read_hub("some/set@en@2KB")
+    assert next(stream) == documents[0] and len(given) < 10
+    assert [documents[0], *stream] == documents[:200] and len(given) < 210
+    assert list(corpus.read_hub("some/set@en@2.005KB")) == documents[:200] == list(corpus.read_hub("some/set@en@0.002MB"))
+    assert list(corpus.read_hub("some/set@en")) == documents      # no limit: all of it
+    homes = [corpus.build(("hf:some/set@en@2KB",), tmp_path / name) for name in "ab"]
+    records = [json.loads((home / "corpus.json").read_text())["sources"]["hf-some-set-en-2KB"] for home in homes]
+    assert records[0] == records[1] and sum(part["bytes"] for part in records[0].values()) == 2000
+    assert sorted(d for part in ("train", "held_out") for d in corpus.documents(homes[0], "hf-some-set-en-2KB", part)) == documents[:200]
+
+
+def test_a_folder_of_files_streams_through_the_same_door(tmp_path):
+    """datasets' own reader, no stand-in: rows of a .jsonl in the order of the file, the same twice."""
+    documents = text(50)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
+    sizes = np.cumsum([len(d.encode()) for d in documents])
+    for _ in range(2): assert list(corpus.read_hub(f"{tmp_path / 'set'}@4KB")) == documents[:int((sizes <= 4000).sum())]
+    (tmp_path / "set" / "train.jsonl").write_text('{"words": "no text"}\n')
+    with pytest.raises(ValueError, match='has no field "text", only words'): list(corpus.read_hub(str(tmp_path / "set")))
+
+
+def test_a_hub_name_says_configuration_and_limit():
+    read = {"org/set": ("org/set", None, math.inf), "org/set@200MB": ("org/set", None, 2e8), "org/set@7KB": ("org/set", None, 7e3),
+            "org/set@sample-10BT": ("org/set", "sample-10BT", math.inf), "org/set@en@1.5GB": ("org/set", "en", 1.5e9)}
+    assert {name: corpus.hub_name(name) for name in read} == read
+    for name in ("", "@2MB", "org/set@0MB", "org/set@a@b", "org/set@a@b@2MB", "org/set@"):
+        with pytest.raises(ValueError, match="write hf:NAME, hf:NAME@200MB"): corpus.resolve((f"hf:{name}",))
+
+
 # ---- shards, packing, blend
 
 class Bytes:
@@ -300,6 +348,71 @@ def test_recomputation_and_pieces_change_neither_loss_nor_selection_bias(tmp_pat
     assert all(torch.equal(p.e_score_correction_bias, q.e_score_correction_bias) for p, q in zip(pieces.model.routers(), first.model.routers()))
 
 
+BLOCKS = 5 + 2 * 2      # of MICRO: the pattern's, and the two layers of the MTP head for each of two depths
+
+
+@pytest.fixture
+def fresh_compiler():
+    if not any(map(shutil.which, ("g++", "clang++", "cl"))): pytest.skip("torch.compile on a CPU needs a C++ compiler, and none is there")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
+def compiled_calls(work) -> int:
+    with torch.profiler.profile() as profile: work()
+    return sum(event.count for event in profile.key_averages() if event.key.startswith("## Call CompiledFxGraph"))
+
+
+def test_compiled_blocks_give_the_losses_and_gradients_of_plain_ones(tmp_path, tokenizer, fresh_compiler):
+    """With documents, recomputation and pieces. Every block of every pass runs compiled code, nothing is compiled a second time, and scoring text
+    stays as it is: a limit of eight versions, a graph that is never used or one built anew each step are what goes wrong in silence."""
+    shards, runs, moments = make_batches(tmp_path, tokenizer), [], []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        trainer = stage.Trainer(replace(CONFIG, compile=compiled), model04.Nemotron(MICRO), shards, tmp_path / str(compiled))
+        trainer.train_step()
+        moments.append([trainer.optimizer.state[p]["exp_avg"].clone() for p in trainer.model.parameters()])      # a tenth of the gradient
+        made = fresh_compiler["stats"]["unique_graphs"]
+        while trainer.step < STEPS: trainer.train_step()
+        runs.append(trainer)
+    plain, fast = runs
+    assert made == fresh_compiler["stats"]["unique_graphs"] > 5 and plain.rows[-1]["loss"] < plain.rows[0]["loss"] - 0.3
+    for key in ("loss", "mtp_1", "mtp_2", "aux"): assert [r[key] for r in fast.rows] == pytest.approx([r[key] for r in plain.rows], rel=1e-5), key
+    for x, y in zip(*moments): assert (x - y).abs().max() <= 1e-5 * x.abs().max() + 1e-12
+    plain.batches = fast.batches = lambda step: shards(0)
+    assert compiled_calls(fast.train_step) >= 2 * BLOCKS > 0 == compiled_calls(plain.train_step)      # forward and backward
+    with torch.no_grad(): assert compiled_calls(lambda: fast.model.hidden(shards(0).ids_bt, shards(0).doc_bt)) == 0
+    assert len(stage.residual_rms(fast.model, shards(0))) == 5
+
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        config = replace(CONFIG, compile=compiled, recompute=True, batch=8, micro_batches=2)
+        trainer = stage.Trainer(config, model04.Nemotron(MICRO), make_batches(tmp_path, tokenizer, batch=8), tmp_path / "pieces")
+        losses.append([trainer.train_step()["loss"] for _ in range(3)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and fresh_compiler["stats"]["unique_graphs"] == made
+
+
+def test_compiled_blocks_leave_the_products_in_4_bits_alone(tmp_path, tokenizer, fresh_compiler):
+    """The first loss is that of plain blocks; later an fp32 sum in another order may move a value across a 4-bit border, which is no error."""
+    one, two = (run(tmp_path, make_batches(tmp_path, tokenizer), folder=str(c), precision="nvfp4", compile=c, until=2) for c in (False, True))
+    assert two.rows[0]["loss"] == pytest.approx(one.rows[0]["loss"], rel=1e-5) and two.rows[1]["loss"] == pytest.approx(one.rows[1]["loss"], rel=1e-3)
+    assert fresh_compiler["stats"]["unique_graphs"] > 5
+
+
+def test_a_resumed_run_keeps_its_compiler_but_may_change_how_it_writes(tmp_path, tokenizer):
+    """compile rounds otherwise, so it must stay; a checkpoint from before there was such a setting was not compiled."""
+    folder = run(tmp_path, make_batches(tmp_path, tokenizer), until=1).save()
+    stage.check_same_run(folder, replace(CONFIG, async_save=False), "")
+    with pytest.raises(ValueError, match="trained with compile = False, not True"): stage.check_same_run(folder, replace(CONFIG, compile=True), "")
+    about = json.loads((folder / "pretrain.json").read_text())
+    del about["config"]["compile"]
+    (folder / "pretrain.json").write_text(json.dumps(about))
+    stage.check_same_run(folder, CONFIG, "")
+
+
 def test_a_branch_sees_the_data_and_rates_that_the_main_run_saw(tmp_path, tokenizer):
     """A branch in the main run's precision repeats it to the bit; in NVFP4 the first loss already differs. So the gap is one of precision alone."""
     batches = make_batches(tmp_path, tokenizer, extra=2)
@@ -396,6 +509,32 @@ def test_health_is_looked_at_when_asked(tmp_path, tokenizer):
     assert [len(row.get("residual_rms", [])) for row in rows] == [0, 5, 0, 5, 0, 5]
     # MICRO chooses 2 of 4 experts: a layer at the worst violation, 2, has two without a token
     assert rows[0]["dead_experts"] == 0 and all(row["dead_experts"] >= 2 for row in rows if row["max_vio"] == 2.0)
+
+
+def test_the_share_of_the_peak_counts_useful_work_only(tmp_path, tokenizer, monkeypatch):
+    """One attention layer by hand, for a token among 24: projections 2 · (2 · 32 · 32 + 2 · 32 · 16) = 6,144, scores and sums
+    4 · 32 · 25 / 2 = 1,600, output 2 · 32 · 320 = 20,480; a depth of the MTP head the same and eh_proj's 2 · 64 · 32 = 4,096. Times three;
+    recomputing earns nothing."""
+    attention = replace(MICRO, pattern="*", mtp_pattern="*")
+    assert stage.training_flops(attention, 24, 0) == 3 * 28_224 and stage.training_flops(attention, 24, 2) == 3 * (28_224 + 2 * 32_320) == 278_592
+    assert stage.peak_share(1000.0, 3e9, 1e13, 2) == 0.15
+    batches = make_batches(tmp_path, tokenizer)
+    assert "peak_share" not in run(tmp_path, batches, until=1).rows[0]      # a CPU's peak is not known, and none is made up
+    monkeypatch.setattr(stage, "device_peak", lambda device: 1e9)
+    for changes in (dict(), dict(recompute=True, micro_batches=2)):
+        torch.manual_seed(0)
+        trainer = stage.Trainer(replace(CONFIG, **changes), model04.Nemotron(attention), batches, tmp_path / "x")
+        row = trainer.train_step()
+        assert row["peak_share"] == pytest.approx(row["tokens_per_s"] * 278_592 / 1e9, rel=1e-3)
+    assert "peak_share" not in stage.Trainer(CONFIG, model04.Nemotron(MICRO), batches, tmp_path / "x", objective=spiky(99)).train_step()
+
+
+def test_only_the_cards_of_the_data_sheet_have_a_peak(monkeypatch):
+    """989 TFLOP/s is the SXM card's; a PCIe H100 is slower, and GH200 only sounds like H200."""
+    peaks = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA H100 PCIe": None, "NVIDIA GH200 480GB": None, "Tesla T4": None}
+    for name, peak in peaks.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
+        assert stage.device_peak("cuda") == peak and stage.device_peak("cpu") is None
 
 
 def test_a_spike_is_high_for_several_steps_and_a_noisy_run_has_none():
@@ -546,6 +685,8 @@ def bad(tmp_path):
         "unknown source": ([*out, "--data", "poems"], "give one of stdlib, pydoc, tasks, stories"),
         "row without text": ([*out, "--data", tmp_path / "wrong.jsonl"], 'wrong.jsonl line 2 is not a JSON object with a field "text"'),
         "hub without network": ([*out, "--data", "hf:nobody/nothing"], "cannot fetch hf:nobody/nothing"),
+        "hub amount of nothing": ([*out, "--data", "hf:some/set@0MB"], "amounts end in KB, MB or GB"),
+        "no compiler": ([*out, "--compile", "--data", tmp_path / "short.txt"], "needs a C++ compiler"),
         "path not writable": (["--out", tmp_path / "empty.txt" / "out"], "cannot write to"),
         "no checkpoint to resume": ([*small(tmp_path), "--resume"], "nothing to resume"),
         "no checkpoint to branch from": (["--branch-from", tmp_path / "nothing"], "not a whole checkpoint"),
@@ -555,11 +696,13 @@ def bad(tmp_path):
 
 
 @pytest.mark.parametrize("case", [
-    "empty corpus", "corpus shorter than a batch", "no such file", "unknown source", "row without text", "hub without network", "path not writable",
-    "no checkpoint to resume", "no checkpoint to branch from", "model too large", "device not there"])
-def test_bad_input_ends_with_one_clear_sentence(case, tmp_path):
+    "empty corpus", "corpus shorter than a batch", "no such file", "unknown source", "row without text", "hub without network",
+    "hub amount of nothing", "no compiler", "path not writable", "no checkpoint to resume", "no checkpoint to branch from", "model too large",
+    "device not there"])
+def test_bad_input_ends_with_one_clear_sentence(case, tmp_path, monkeypatch):
     """Leaving with a string prints it and gives exit code 1; anything else would be a traceback."""
     args, sentence = bad(tmp_path)[case]
+    if case == "no compiler": monkeypatch.setattr(shutil, "which", lambda name: None)
     left = command(*args)
     assert isinstance(left, str) and sentence in left and left.startswith("05_pretrain: ") and "\n" not in left, left
 

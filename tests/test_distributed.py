@@ -2,7 +2,10 @@
 import importlib
 import json
 import os
+import shutil
 import signal
+import threading
+import time
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -10,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 
 model04, stage = (importlib.import_module(m) for m in ("04_model", "05_pretrain"))
@@ -19,9 +23,10 @@ ROWS, SEQ, STEPS = 4, 24, 20
 # every micro-batch is one row, so that the mean of the pieces' means is the same however rows are dealt
 CONFIG = stage.PretrainConfig(steps=STEPS, batch=ROWS, seq=SEQ, micro_batches=ROWS, lr=1e-2, save_every=1000, health_every=7, aux_weight=1e-2,
                               branches=())
+COMPILER = any(map(shutil.which, ("g++", "clang++", "cl")))
 # processes -> name -> (steps, settings). Where 20 steps take long, fewer: the first ones would differ already
 LAYOUTS = {2: {"data": (STEPS, dict()), "experts": (STEPS, dict(ep=2)), "context": (STEPS, dict(cp=2)),
-               "experts and context": (STEPS, dict(ep=2, cp=2))},
+               "experts and context": (STEPS, dict(ep=2, cp=2)), **({"compiled": (3, dict(ep=2, compile=True))} if COMPILER else {})},
            4: {"data": (STEPS, dict()), "all three": (STEPS, dict(ep=2, cp=2)), "experts on 4": (5, dict(ep=4)), "context on 4": (5, dict(cp=4)),
                "recomputed": (5, dict(ep=2, recompute=True))}}
 
@@ -72,15 +77,75 @@ def train_all(rank: int, world: int, folder: Path) -> None:
     if rank == 0: torch.save(results, folder / f"{world}.pt")
 
 
+class Disk:
+    """What writes this process's part of a checkpoint, under control: held back until `gate` opens, slow, or full."""
+    def __init__(self, home: Path):
+        self.gate, self.reached, self.full, self.found = threading.Event(), threading.Event(), False, []
+        plain = dcp.FileSystemWriter.write_data
+
+        def write_data(writer, *args):
+            self.found.append(names(home))
+            self.reached.set()
+            assert self.gate.wait(60)
+            time.sleep(0.3)      # whoever does not wait comes too early
+            if self.full: raise OSError(28, "No space left on device")
+            return plain(writer, *args)
+        dcp.FileSystemWriter.write_data = write_data
+
+
+def names(home: Path) -> list[str]:
+    return sorted(path.name for path in home.iterdir()) if home.exists() else []
+
+
 def save_and_die(rank: int, world: int, folder: Path) -> None:
-    """A checkpoint at step 6; one process is gone in step 9."""
+    """A checkpoint at step 6; one at step 8 is being written when, in step 9, a process is gone."""
     config, ranks = layout(dict(ep=2, save_every=3, keep=1))
     run = trainer(folder / "run", config, ranks)
-    for _ in range(8):
+    for _ in range(7):
         run.train_step()
         if run.step == 6: run.save()
+    run.wait()
+    disk = Disk(run.home)
+    run.train_step()
+    run.save()
+    assert disk.reached.wait(60)
     if rank == world - 1: os.kill(os.getpid(), signal.SIGKILL)
     run.train_step()
+
+
+def save_and_go_on(rank: int, world: int, folder: Path) -> None:
+    """Steps 3 and 6 saved at once, and then by a run that trains on; after that all that must wait for a disk, and two that refuse."""
+    config, ranks = layout(dict(ep=2, keep=9))
+    plain = trainer(folder / "at once", replace(config, async_save=False), ranks)
+    for _ in range(6):
+        plain.train_step()
+        if plain.step in (3, 6): plain.save()
+    run = trainer(folder / "meanwhile", config, ranks)
+    disk, said = Disk(run.home), []
+    for _ in range(3): run.train_step()
+    run.save()
+    for _ in range(3): run.train_step()
+    assert disk.reached.wait(60)
+    held = names(run.home)
+    disk.gate.set()
+    run.save()      # has to wait for the first
+    run.wait()
+    run.fit(8, save_at={7})
+    fitted = names(run.home)
+    run.train_step()
+    run.save()
+    run.restore(run.home / "step-000008")
+    restored = names(run.home)
+    replace_folder = os.replace
+    def refuse(*args): raise OSError(30, "Read-only file system")
+    for disk.full, os.replace in ((rank == 1, replace_folder), (False, refuse if rank == 0 else replace_folder)):      # a part, or the whole
+        if run.step == 8: run.train_step(); run.train_step()
+        run.save()
+        try: run.wait()
+        except ValueError as error: said.append(str(error))
+    os.replace = replace_folder
+    results = dict(held=held, found=disk.found, fitted=fitted, restored=restored, said=said, left=names(run.home))
+    torch.save(results, folder / f"saved-{rank}.pt")
 
 
 def go_on(rank: int, world: int, folder: Path) -> None:
@@ -156,7 +221,7 @@ def test_every_process_holds_its_share_only(world, found):
 def test_a_killed_run_goes_on_with_fewer_processes(tmp_path, alone):
     """Four ranks, one is killed; two, then one, find the checkpoint and end with the losses of an undisturbed run."""
     with pytest.raises(Exception, match="SIGKILL|terminated"): spawn("save_and_die", 4, tmp_path)
-    assert [p.name for p in stage.checkpoints(tmp_path / "run")] == ["step-000006"] and stage.damage(tmp_path / "run" / "step-000006") is None
+    assert names(tmp_path / "run") == ["step-000006", "step-000008.part"] and stage.newest_checkpoint(tmp_path / "run").name == "step-000006"
     want = alone["rows"][6:10]
     for world in (2, 1):
         spawn("go_on", world, tmp_path)
@@ -167,6 +232,23 @@ def test_a_killed_run_goes_on_with_fewer_processes(tmp_path, alone):
     assert [plain.train_step()["loss"] for _ in range(4)] == pytest.approx([row["loss"] for row in want], rel=1e-5)
     saved = plain.save()
     assert json.loads((saved / "config.json").read_text())["hidden_size"] == 32 and model04.load_checkpoint(saved).config == MICRO
+
+
+def test_a_checkpoint_holds_the_step_at_which_it_was_saved_though_training_goes_on(tmp_path):
+    """Written only after three more steps, it equals the one written at once, bit for bit: a copy that shares memory with the model would not. It has
+    no name before it is whole, and the next save, the end of fit and a restore wait for it; a disk that refuses one process stops all of them."""
+    spawn("save_and_go_on", 2, tmp_path)
+    for step in (3, 6):
+        one, two = (stage.Trainer.load(tmp_path / home / f"step-{step:06d}", CONFIG, Rows(), tmp_path).parts() for home in ("at once", "meanwhile"))
+        assert one.keys() == two.keys() and all(torch.equal(x, two[key]) for key, x in one.items()) and one["step.lm_head.weight"] == step
+    for rank in range(2):
+        got = torch.load(tmp_path / f"saved-{rank}.pt", weights_only=True)
+        whole = [f"step-{step:06d}" for step in (3, 6, 7, 8, 9)]
+        assert got["held"] == ["step-000003.part"] and "step-000003" in got["found"][1] and "step-000003.part" not in got["found"][1]
+        assert [name for name in got["fitted"] if name[0] == "s"] == whole[:4]
+        assert [name for name in got["restored"] if name[0] == "s"] == [name for name in got["left"] if name[0] == "s"] == whole
+        assert "step-000010 (No space left on device): make room" in got["said"][0]
+        assert ("Read-only file system" if rank == 0 else "another process was refused") in got["said"][1] and len(got["said"]) == 2
 
 
 def test_sizes_that_do_not_fit_are_refused(monkeypatch):

@@ -45,6 +45,20 @@ def test_a_run_and_its_branches_are_drawn_from_the_files_it_left(tmp_path):
     with pytest.raises(ValueError, match="has no rows: train first"): plot.main(plot.Config(home=home))
 
 
+def test_the_share_of_the_peak_is_drawn_where_it_is_known(tmp_path, monkeypatch):
+    """Half of the rows have it, as after a change of machine: its curve has their steps, in percent, and the title their median."""
+    plot, seen = script("plot_run"), []
+    nvfp4 = plot.stage("01_nvfp4")
+    monkeypatch.setattr(nvfp4, "save_figure", lambda fig, path: seen.append(fig))
+    made = [row | (dict(peak_share=0.002 * row["step"]) if row["step"] > 30 else {}) for row in rows(60)]
+    for given in (rows(60), made): plot.plot_health(given, tmp_path / "health.png")
+    without, with_share = ([ax for ax in fig.axes if "bf16 peak" in ax.get_ylabel()] for fig in seen)
+    assert not without and not any("peak" in ax.get_title() for ax in seen[0].axes)
+    x, y = with_share[0].lines[0].get_data()
+    assert list(x) == list(range(31, 61)) and y.tolist() == pytest.approx([0.2 * i for i in range(31, 61)])
+    assert any("9.1 % of the bf16 peak" in ax.get_title() for ax in seen[1].axes)      # 0.002 · 45.5
+
+
 def test_the_smooth_line_is_the_mean_of_recent_steps():
     assert script("plot_run").smooth([4.0, 2.0, 6.0, 0.0], 2).tolist() == pytest.approx([4, 3, 4, 3])
     assert np.allclose(script("plot_run").smooth([1.0, 2.0], 5), [1, 1.5])
