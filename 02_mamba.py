@@ -652,12 +652,13 @@ def ssd_across_ranks(x_bthp, dt_bth, A_h, B_btgn, C_btgn, D_h, chunk: int, doc_b
     with full_precision(x_bthp):
         log_bth = dt_bth.to(S_bhpn.dtype) * A_h.to(S_bhpn.dtype)
         if pad_bt is not None: log_bth = log_bth.masked_fill(pad_bt[..., None], 0)
-        cs_bth = log_bth.cumsum(1)
-        into_bth = fade(cs_bth)
-        if doc_bt is not None: into_bth = into_bth * (segments(doc_bt) == 0)[..., None]
-        S_bhpn = pass_state(S_bhpn, cs_bth[:, -1], doc_bt, context)
-        carried_bhpt = (by_group(S_bhpn, g) @ C_btgn.to(S_bhpn.dtype).permute(0, 2, 3, 1)).view(b, h, p, t)
-        return finish(y_bthp + carried_bhpt.permute(0, 3, 1, 2) * into_bth[..., None], pad_bt, x_bthp.dtype)
+        # PITFALL: sums run along the last dimension. Along t of [b, t, h] a GPU gives each head one thread, and t steps one after the other.
+        cs_bht = log_bth.transpose(1, 2).cumsum(-1)
+        into_bht = fade(cs_bht)
+        if doc_bt is not None: into_bht = into_bht * (segments(doc_bt) == 0)[:, None]
+        S_bhpn = pass_state(S_bhpn, cs_bht[..., -1], doc_bt, context)
+        carried_bhpt = (by_group(S_bhpn, g) @ C_btgn.to(S_bhpn.dtype).permute(0, 2, 3, 1)).view(b, h, p, t) * into_bht[:, :, None]
+        return finish(y_bthp + carried_bhpt.permute(0, 3, 1, 2), pad_bt, x_bthp.dtype)
 
 
 # %% 9 · The layer and its cache  [HF; Megatron]

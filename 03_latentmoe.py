@@ -146,16 +146,29 @@ def grouped_linear(x_qd: Tensor, w_end: Tensor, offsets_e: Tensor, recipe: nvfp4
     return torch.cat([F.linear(x_qd[start:end], w_nd) for start, end, w_nd in zip([0, *ends], ends, w_end)])
 
 
-def copy_to_experts(x_rl: Tensor, k: int, order_q: Tensor) -> Tensor:
+class Permuted(torch.autograd.Function):
+    """Rows in the order order_q; inverse_q undoes it, and orders the gradient. Autograd's own would add it up, row by row, on a GPU with atomics."""
+    @staticmethod
+    def forward(ctx, x_ql, order_q, inverse_q):
+        ctx.inverse_q = inverse_q
+        return x_ql.index_select(0, order_q)
+
+    @staticmethod
+    def backward(ctx, dy_ql):
+        return dy_ql.index_select(0, ctx.inverse_q), None, None
+
+
+def copy_to_experts(x_rl: Tensor, k: int, order_q: Tensor, inverse_q: Tensor, impl: str = "auto") -> Tensor:
     """[q, l]: k copies of every token, sorted by expert."""
-    # NOTE: copy, then permute: the gradient of a permutation is a permutation and that of the copies a sum over k, so nothing is added in
-    # an order that depends on timing. x_rl[order_q // k] would scatter-add in its backward pass.
-    return x_rl.repeat_interleave(k, dim=0).index_select(0, order_q)
+    if twin := nvfp4.find_twin("experts", "copy_to_experts", impl, x_rl): return twin(x_rl, k, order_q, inverse_q)
+    # NOTE: copy, then permute: the gradient of the copies is a sum over k in a fixed order. x_rl[order_q // k] would scatter-add.
+    return Permuted.apply(x_rl.repeat_interleave(k, dim=0), order_q, inverse_q)
 
 
-def weighted_sum(out_ql: Tensor, inverse_q: Tensor, weights_rk: Tensor) -> Tensor:
+def weighted_sum(out_ql: Tensor, order_q: Tensor, inverse_q: Tensor, weights_rk: Tensor, impl: str = "auto") -> Tensor:
     """[r, l]: the k rows of a token brought together again, each times its weight."""
-    out_rkl = out_ql.index_select(0, inverse_q).unflatten(0, weights_rk.shape)
+    if twin := nvfp4.find_twin("experts", "weighted_sum", impl, out_ql): return twin(out_ql, order_q, inverse_q, weights_rk)
+    out_rkl = Permuted.apply(out_ql, inverse_q, order_q).unflatten(0, weights_rk.shape)
     return (out_rkl * weights_rk[..., None]).sum(1).to(out_ql.dtype)
 
 
@@ -165,9 +178,9 @@ def experts_sorted(x_rl: Tensor, weights_rk: Tensor, experts_rk: Tensor, up_efl:
     both products."""
     order_q, inverse_q, offsets_e = sort_by_expert(experts_rk, up_efl.shape[0])
     up_seed, down_seed = seed if isinstance(seed, Tensor) else (nvfp4.draw_seed_for(seed, 0, 0, 0, operand) for operand in (1, 2))
-    x_ql = copy_to_experts(x_rl, experts_rk.shape[1], order_q)
+    x_ql = copy_to_experts(x_rl, experts_rk.shape[1], order_q, inverse_q)
     hidden_qf = relu2(grouped_linear(x_ql, up_efl, offsets_e, recipe, up_seed))
-    return weighted_sum(grouped_linear(hidden_qf, down_elf, offsets_e, recipe, down_seed), inverse_q, weights_rk)
+    return weighted_sum(grouped_linear(hidden_qf, down_elf, offsets_e, recipe, down_seed), order_q, inverse_q, weights_rk)
 
 
 # %% 4 · One expert at a time: the same sum for a CPU
@@ -357,12 +370,12 @@ def experts_exchanged(x_rl: Tensor, weights_rk: Tensor, experts_rk: Tensor, up_e
     dist.all_to_all_single(receive_ne, send_ne, group=group)
     send_n, receive_n = torch.stack([send_ne, receive_ne]).sum(2).tolist()      # NOTE: here the host waits
 
-    x_ql = copy_to_experts(x_rl.to(nvfp4.output_dtype(x_rl)), experts_rk.shape[1], order_q)
+    x_ql = copy_to_experts(x_rl.to(nvfp4.output_dtype(x_rl)), experts_rk.shape[1], order_q, inverse_q)
     x_ml = Exchange.apply(x_ql, send_n, receive_n, group)
     expert_m = torch.arange(local, device=x_rl.device).repeat(ranks).repeat_interleave(receive_ne.view(-1), output_size=len(x_ml))
     # each arrived row is a token with one expert and weight 1: the sort by expert, the twin and NVFP4 are those of one rank
     out_ml = experts_grouped(x_ml, weights_rk.new_ones(len(x_ml), 1), expert_m[:, None], up_efl, down_elf, recipe, seed, impl)
-    return weighted_sum(Exchange.apply(out_ml, receive_n, send_n, group), inverse_q, weights_rk)
+    return weighted_sum(Exchange.apply(out_ml, receive_n, send_n, group), order_q, inverse_q, weights_rk)
 
 
 class DividedGradient(torch.autograd.Function):

@@ -56,6 +56,7 @@ Sources: 03_latentmoe.py; Triton's tutorial on grouped products (one launch for 
 from __future__ import annotations
 
 import importlib
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -256,6 +257,20 @@ def _gather_kernel(x_rl, token_q, out_ql, L, stride_x, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _spread_kernel(rows_ql, dy_rl, order_q, weights_q, drows_ql, dweights_q, L, CHOSEN: tl.constexpr, BLOCK: tl.constexpr):
+    """Backward of the weighted sum, one sorted row a program: drow = weight · dy of its token, dweight = row · dy, at the pair's own place."""
+    q = tl.program_id(0).to(tl.int64)
+    pair = tl.load(order_q + q)
+    weight, dweight = tl.load(weights_q + pair).to(tl.float32), 0.0
+    for start in range(0, L, BLOCK):
+        at_l = start + tl.arange(0, BLOCK)
+        dy_l = tl.load(dy_rl + pair // CHOSEN * L + at_l, mask=at_l < L, other=0.0).to(tl.float32)
+        dweight += tl.sum(tl.load(rows_ql + q * L + at_l, mask=at_l < L, other=0.0).to(tl.float32) * dy_l)
+        tl.store(drows_ql + q * L + at_l, narrow(weight * dy_l, drows_ql.dtype.element_ty), mask=at_l < L)
+    tl.store(dweights_q + pair, dweight)
+
+
+@triton.jit
 def _token_block(tokens_rl, token_q, order_q, weights_q, at_l, row, end, L, stride_tokens, WEIGHTED: tl.constexpr, DEPTH: tl.constexpr):
     """[DEPTH, BLOCK_L]: the tokens of the rows from `row` on, times their weights; zeros past the expert's end."""
     at_k = row + tl.arange(0, DEPTH)
@@ -387,7 +402,7 @@ def _rows_product(kind: str, a: Tensor, w: Tensor, routing: _Routing, out_dtype:
     return out_qn, None if dp_bq is None else dp_bq.sum(0)
 
 
-def _sum_by_token(rows_ql: Tensor, routing: _Routing, weights_rk: Tensor | None = None) -> Tensor:
+def _sum_by_token(rows_ql: Tensor, routing: _Routing | _Order, weights_rk: Tensor | None = None) -> Tensor:
     """[r, l]: the sum of a token's k rows, each times its weight when weights are given."""
     r, l = routing.rows // routing.k, rows_ql.shape[1]
     t, out_rl = _tiles("sum", r, l, 0, rows_ql.element_size()), rows_ql.new_empty(r, l)
@@ -395,7 +410,7 @@ def _sum_by_token(rows_ql: Tensor, routing: _Routing, weights_rk: Tensor | None 
     return out_rl
 
 
-def _gathered_rows(x_rl: Tensor, routing: _Routing) -> Tensor:
+def _gathered_rows(x_rl: Tensor, routing: _Routing | _Order) -> Tensor:
     """[q, l]: every routed row's copy of its token."""
     l = x_rl.shape[1]
     t, out_ql = _tiles("gather", 1, l, 0, x_rl.element_size()), x_rl.new_empty(routing.rows, l)
@@ -422,6 +437,57 @@ def _weight_gradient(tokens_rl: Tensor, hidden_qf: Tensor, routing: _Routing, we
         BLOCK_L=t["BLOCK_L"], BLOCK_F=t["BLOCK_F"], BLOCK_M=height, BLOCK_N=width, BLOCK_K=t["BLOCK_K"], STAGES=t["num_stages"],
         num_warps=t["num_warps"], num_stages=t["num_stages"])
     return out_emn
+
+
+class _Order(NamedTuple):
+    """What the row kernels need of a _Routing, of rows that others have sorted."""
+    token_q: Tensor
+    inverse_q: Tensor
+    rows: int
+    k: int
+
+
+class _Copies(torch.autograd.Function):
+    """x_ql from x_rl."""
+    @staticmethod
+    def forward(ctx, x_rl, order):
+        ctx.order = order
+        return _gathered_rows(x_rl if x_rl.stride(1) == 1 else x_rl.contiguous(), order)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy_ql): return _sum_by_token(dy_ql.contiguous(), ctx.order), None
+
+
+class _Weighted(torch.autograd.Function):
+    """y_rl from rows_ql and weights_rk."""
+    @staticmethod
+    def forward(ctx, rows_ql, weights_rk, order_q, order):
+        ctx.save_for_backward(rows_ql, weights_rk, order_q)
+        return _sum_by_token(rows_ql, order, weights_rk)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy_rl):
+        rows_ql, weights_rk, order_q = ctx.saved_tensors
+        drows_ql, dweights_rk, (q, l) = torch.empty_like(rows_ql), torch.empty_like(weights_rk, dtype=torch.float32), rows_ql.shape
+        t = _tiles("sum", q, l, 0, rows_ql.element_size())
+        if q: _spread_kernel[(q,)](rows_ql, dy_rl.contiguous(), order_q, weights_rk, drows_ql, dweights_rk, l, weights_rk.shape[1], **t)
+        return drows_ql, dweights_rk.to(weights_rk.dtype), None, None
+
+
+def copy_to_experts(x_rl: Tensor, k: int, order_q: Tensor, inverse_q: Tensor) -> Tensor:
+    """[q, l]: k copies of every token, sorted by expert. The gradient sums a token's copies in fp32; float64 stays with the stage."""
+    moe = importlib.import_module("03_latentmoe")
+    if x_rl.dtype == torch.float64: return moe.copy_to_experts(x_rl, k, order_q, inverse_q, impl="torch")
+    return _Copies.apply(x_rl, _Order(torch.div(order_q, k, rounding_mode="floor").int(), inverse_q, len(order_q), k))
+
+
+def weighted_sum(out_ql: Tensor, order_q: Tensor, inverse_q: Tensor, weights_rk: Tensor) -> Tensor:
+    """[r, l]: the k rows of a token brought together again, each times its weight, summed in fp32; float64 stays with the stage."""
+    moe = importlib.import_module("03_latentmoe")
+    if out_ql.dtype == torch.float64: return moe.weighted_sum(out_ql, order_q, inverse_q, weights_rk, impl="torch")
+    return _Weighted.apply(out_ql.contiguous(), weights_rk.contiguous(), order_q, _Order(None, inverse_q, len(order_q), weights_rk.shape[1]))
 
 
 class _Experts(torch.autograd.Function):

@@ -496,3 +496,13 @@ def test_three_bf16_parts_hold_an_fp32_number():
     parts = moe.bf16_parts(x)
     assert len(parts) == 3 and all(part.dtype == torch.bfloat16 for part in parts) and torch.equal(sum(part.double() for part in parts), x.double())
     assert moe.bf16_parts(parts[0]) == [parts[0]]
+
+
+def test_the_gradient_of_a_permutation_is_the_permutation_back():
+    """By hand, and held against autograd's: rows 2 0 1 in the order 1 2 0."""
+    order_q, inverse_q = torch.tensor([1, 2, 0]), torch.tensor([2, 0, 1])
+    x_ql = torch.tensor([[2.0], [0], [1]], dtype=torch.float64, requires_grad=True)
+    y_ql = moe.Permuted.apply(x_ql, order_q, inverse_q)
+    assert y_ql[:, 0].tolist() == [0, 1, 2]
+    assert torch.autograd.grad(y_ql, x_ql, torch.tensor([[10.0], [20], [30]], dtype=torch.float64))[0][:, 0].tolist() == [30, 10, 20]
+    assert torch.autograd.gradcheck(lambda x: moe.Permuted.apply(x, order_q, inverse_q), x_ql)

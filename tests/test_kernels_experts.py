@@ -224,3 +224,33 @@ def launches(device, arch):
         inputs = make(tokens, l), make(tokens, k, dtype=torch.float32), torch.empty(tokens, k, device=device, dtype=torch.long), up, down
         with torch.set_grad_enabled(tokens > 64): y = experts.experts_grouped(*inputs)
         if tokens > 64: torch.autograd.grad(y, (*inputs[:2], up, down), torch.empty_like(y))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("r, k, l", [(17, 3, 48), (9, 1, 6), (1, 4, 1100), (0, 2, 32)])
+def test_copies_and_their_weighted_sum_are_no_worse_than_pytorch(r, k, l, dtype):
+    """Where rows travel between the two (expert parallelism, 4 bits). A place taken for its inverse, a token's copies not summed, a weight of another
+    pair, a row wider than a block of which only the first block counts: the gradients differ."""
+    x, weights, up, down = (randn(r, 2 * l, seed=1, dtype=dtype)[:, ::2], randn(r, k, seed=2).abs(), randn(r * k, l, seed=3, dtype=dtype),
+                            randn(r, l, seed=4, dtype=dtype))
+    order_q, inverse_q, _ = moe.sort_by_expert(torch.rand(r, 7, generator=torch.Generator().manual_seed(0)).topk(k).indices.to(DEVICE), 7)
+
+    def run(copy, add, wide=None):
+        a, w, rows = (v.detach().to(wide or v.dtype).requires_grad_() for v in (x, weights, up))
+        copies, total = copy(a, k, order_q, inverse_q), add(rows, order_q, inverse_q, w)
+        return [copies, total, *torch.autograd.grad(copies, a, rows.detach()), *torch.autograd.grad(total, (rows, w), down.to(total.dtype))]
+
+    plain = [lambda *args: moe.copy_to_experts(*args, impl="torch"), lambda *args: moe.weighted_sum(*args, impl="torch")]
+    ours, same, exact = run(experts.copy_to_experts, experts.weighted_sum), run(*plain), run(*plain, wide=torch.float64)
+    for name, a, b, c in zip(("copies", "sum", "dx", "drows", "dweights"), ours, same, exact):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        if r: assert_no_worse(a, b, c, what=name)
+
+
+def test_float64_rows_stay_with_the_stage():
+    """An algorithm is compared with another in float64, which these kernels would sum in fp32."""
+    x, weights = randn(5, 8, seed=1).double(), randn(5, 2, seed=2).double()
+    order_q, inverse_q, _ = moe.sort_by_expert(torch.tensor([[0, 2], [1, 0], [2, 1], [0, 1], [2, 0]], device=DEVICE), 3)
+    copies = experts.copy_to_experts(x, 2, order_q, inverse_q)
+    assert torch.equal(copies, x[order_q // 2])
+    torch.testing.assert_close(experts.weighted_sum(copies, order_q, inverse_q, weights), x * weights.sum(1, keepdim=True), rtol=1e-14, atol=1e-14)
