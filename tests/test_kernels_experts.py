@@ -215,17 +215,6 @@ def test_the_stage_finds_its_twin(monkeypatch):
     assert moe.experts_grouped(inputs[0], inputs[1], chosen, *inputs[2:], impl="triton") == "the twin"
 
 
-def launches(device, arch):
-    """Every kernel at Ultra's sizes: a training step of 4096 tokens and a decode step of 64."""
-    e, k, l, f = 512, 22, 2048, 5120
-    make = lambda *shape, dtype=torch.bfloat16: torch.empty(*shape, device=device, dtype=dtype, requires_grad=True)
-    up, down = make(e, f, l), make(e, l, f)
-    for tokens in (4096, 64):
-        inputs = make(tokens, l), make(tokens, k, dtype=torch.float32), torch.empty(tokens, k, device=device, dtype=torch.long), up, down
-        with torch.set_grad_enabled(tokens > 64): y = experts.experts_grouped(*inputs)
-        if tokens > 64: torch.autograd.grad(y, (*inputs[:2], up, down), torch.empty_like(y))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("r, k, l", [(17, 3, 48), (9, 1, 6), (1, 4, 1100), (0, 2, 32)])
 def test_copies_and_their_weighted_sum_are_no_worse_than_pytorch(r, k, l, dtype):
@@ -254,3 +243,18 @@ def test_float64_rows_stay_with_the_stage():
     copies = experts.copy_to_experts(x, 2, order_q, inverse_q)
     assert torch.equal(copies, x[order_q // 2])
     torch.testing.assert_close(experts.weighted_sum(copies, order_q, inverse_q, weights), x * weights.sum(1, keepdim=True), rtol=1e-14, atol=1e-14)
+
+
+def launches(device, arch):
+    """Every kernel at Ultra's sizes: a training step of 4096 tokens and a decode step of 64."""
+    e, k, l, f = 512, 22, 2048, 5120
+    make = lambda *shape, dtype=torch.bfloat16: torch.empty(*shape, device=device, dtype=dtype, requires_grad=True)
+    up, down = make(e, f, l), make(e, l, f)
+    for tokens in (4096, 64):
+        inputs = make(tokens, l), make(tokens, k, dtype=torch.float32), torch.empty(tokens, k, device=device, dtype=torch.long), up, down
+        with torch.set_grad_enabled(tokens > 64): y = experts.experts_grouped(*inputs)
+        if tokens > 64: torch.autograd.grad(y, (*inputs[:2], up, down), torch.empty_like(y))
+    order = torch.empty(4096 * k, device=device, dtype=torch.long)
+    copies = experts.copy_to_experts(inputs[0][:1].expand(4096, l), k, order, order)
+    total = experts.weighted_sum(copies, order, order, make(4096, k, dtype=torch.float32))
+    torch.autograd.grad(total, inputs[0], torch.empty_like(total))
