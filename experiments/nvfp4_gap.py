@@ -7,7 +7,7 @@ their own short references. NVFP4's products are emulated exactly (stage 01), so
 
 Run:     python experiments/nvfp4_gap.py --seeds 0 --minutes 8       # as much of the pair as fits; the same command again goes on
          python experiments/nvfp4_gap.py --seeds 0 --minutes 8 --runs ablations     # or single ones: --runs nvfp4-short mxfp4
-         python experiments/nvfp4_gap.py --report --out experiments  # table, out/nvfp4_gap.png, rows
+         python experiments/nvfp4_gap.py --report --device cuda --out experiments --figure experiments/nvfp4_gap.png     # table, rows, figure
          python experiments/nvfp4_gap.py --preset tiny --megabytes 8 --seeds 0 1 2     # a CPU's version of it: the machinery, no result
 Needs:   a GPU like one H200 for preset `gap`: a pair of 3,072 steps of 65,536 tokens (201M), 6 epochs at most of 100 MB of text or more.
          matplotlib draws the figure; rustbpe, tiktoken and tyro must be there as well
