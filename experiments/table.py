@@ -197,8 +197,8 @@ def table_ranks(rows: list[dict]) -> str:
     apart = [row for row in rows if row["stage"] == "bench_ranks" and row["what"] == "losses"]
     worst = f" Losses of fp32 steps on two GPUs and on one are at most {max(row['apart'] for row in apart):.0e} apart." if apart else ""
     return (f"Preset `{last['preset']}`, full recipe in {last['precision']}, {last['gpus']} × {last['device']} (NCCL), torch {last['torch']}; one "
-            f"GPU replays a CUDA graph.{worst}\n\n| shared | tokens a GPU | one GPU, tokens/s | {last['gpus']} GPUs | ratio |\n|---|---|---|---|---|\n"
-            + "\n".join(lines))
+            f"GPU replays a CUDA graph.{worst}\n\n"
+            f"| shared | tokens a GPU | one GPU, tokens/s | {last['gpus']} GPUs | ratio |\n|---|---|---|---|---|\n" + "\n".join(lines))
 
 
 def gpu_tests(rows: list[dict]) -> str:
