@@ -648,7 +648,7 @@ def pass_state(S_bhpn: Tensor, log_decay_bh: Tensor, doc_bt: Tensor | None, cont
 def ssd_across_ranks(x_bthp, dt_bth, A_h, B_btgn, C_btgn, D_h, chunk: int, doc_bt, context: ContextGroup, impl: str = "auto") -> Tensor:
     """-> this rank's piece of the y_bthp that ssd_chunked gives for the whole sequence."""
     y_bthp, S_bhpn = ssd_chunked(x_bthp, dt_bth, A_h, B_btgn, C_btgn, D_h, chunk, None, doc_bt, impl)
-    (b, t, h, p), g, pad_bt = x_bthp.shape, B_btgn.shape[2], padding(doc_bt)
+    p, g, pad_bt = x_bthp.shape[3], B_btgn.shape[2], padding(doc_bt)
     with full_precision(x_bthp):
         log_bth = dt_bth.to(S_bhpn.dtype) * A_h.to(S_bhpn.dtype)
         if pad_bt is not None: log_bth = log_bth.masked_fill(pad_bt[..., None], 0)
@@ -657,8 +657,10 @@ def ssd_across_ranks(x_bthp, dt_bth, A_h, B_btgn, C_btgn, D_h, chunk: int, doc_b
         into_bht = fade(cs_bht)
         if doc_bt is not None: into_bht = into_bht * (segments(doc_bt) == 0)[:, None]
         S_bhpn = pass_state(S_bhpn, cs_bht[..., -1], doc_bt, context)
-        carried_bhpt = (by_group(S_bhpn, g) @ C_btgn.to(S_bhpn.dtype).permute(0, 2, 3, 1)).view(b, h, p, t) * into_bht[:, :, None]
-        return finish(y_bthp + carried_bhpt.permute(0, 3, 1, 2), pad_bt, x_bthp.dtype)
+        carried_bgtx = C_btgn.to(S_bhpn.dtype).transpose(1, 2) @ by_group(S_bhpn, g).transpose(2, 3)      # x: the heads of a group, h / g · p
+        carried_btgjp = carried_bgtx.transpose(1, 2).unflatten(3, (-1, p))                                  # j: of h / g heads
+        y_btgjp, into_btgj = y_bthp.unflatten(2, (g, -1)), into_bht.transpose(1, 2).unflatten(2, (g, -1))
+        return finish(torch.addcmul(y_btgjp, carried_btgjp, into_btgj[..., None]).flatten(2, 3), pad_bt, x_bthp.dtype)
 
 
 # %% 9 · The layer and its cache  [HF; Megatron]

@@ -434,7 +434,7 @@ def clip_gradients(model: nn.Module, largest: float, ranks: Ranks | None) -> Ten
     """The norm over all gradients of all processes; they are scaled down to norm `largest` where it is above."""
     if ranks is None: return torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
     grads = [local(p.grad) for p in model.parameters() if p.grad is not None]
-    square = torch.stack([g.square().sum() for g in grads]).sum()
+    square = torch.stack(torch._foreach_norm(grads)).square().sum()
     dist.all_reduce(square)      # no number lies on two processes, so squares may be added
     norm = square.sqrt()
     torch._foreach_mul_(grads, (largest / (norm + 1e-6)).clamp(max=1.0))
