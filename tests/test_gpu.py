@@ -91,7 +91,8 @@ def test_a_quantised_tensor_has_the_cpus_bits():
 
 TWINS = dict(nvfp4=("quantize", "quantize_rows", "quantize_columns", "quantize_pair", "dequantize", "transpose_codes"),
              nvfp4_gemm=("matmul", "matmul_w4a16"), ssd=("ssd_chunked",), conv1d=("causal_conv1d",), norm=("rmsnorm", "gated_rmsnorm"),
-             state_update=("ssd_step", "quantize_state"), experts=("experts_grouped",), cross_entropy=("linear_cross_entropy",))
+             state_update=("ssd_step", "quantize_state"), experts=("experts_grouped", "copy_to_experts", "weighted_sum"),
+             cross_entropy=("linear_cross_entropy",), attention=("attention_mask",))
 
 
 def test_a_model_on_a_gpu_runs_every_twin_by_default(monkeypatch):
@@ -103,6 +104,7 @@ def test_a_model_on_a_gpu_runs_every_twin_by_default(monkeypatch):
         return twin
     monkeypatch.setattr(nvfp4, "find_twin", note)
     step("cuda", nvfp4.NVFP4Recipe(), True)
+    model04.attention_mask(torch.zeros(1, 4097, dtype=torch.long, device="cuda"), 4097)
     model = model04.Nemotron(TINY).cuda()
     model04.generate(model, [[1, 20, 30]], model04.SamplingParams(max_tokens=2, temperature=0.0))
     mamba.quantize_state(torch.randn(1, 2, 16, 32, device="cuda"), "fp16")
@@ -152,9 +154,10 @@ class Ids:
         return pretrain.Batch.from_windows(tokens(4, 65, seed=step).numpy(), (torch.arange(65) // 40).expand(4, 65).contiguous().numpy())
 
 
-def train(tmp_path, precision, record, steps=6):
+def train(tmp_path, precision, record, steps=6, **settings):
     pretrain = importlib.import_module("05_pretrain")
-    config = pretrain.PretrainConfig(device="cuda", precision=precision, record=record, micro_batches=2, steps=20, lr=1e-2, warmup=0.1, branches=())
+    config = pretrain.PretrainConfig(device="cuda", precision=precision, record=record, micro_batches=2, steps=20, lr=1e-2, warmup=0.1, branches=(),
+                                     **settings)
     torch.manual_seed(0)
     trainer = pretrain.Trainer(config, model04.Nemotron(TINY), Ids(), tmp_path)
     return [trainer.train_step() for _ in range(steps)], trainer
@@ -170,6 +173,14 @@ def test_a_recorded_step_gives_the_numbers_of_a_plain_one(precision, tmp_path):
     start = train(tmp_path, precision, False, steps=0)[1]
     a, b, c = (torch.cat([p.detach().flatten() for p in t.model.parameters()]) for t in (one, two, start))
     assert (a - b).norm() < 0.02 * (a - c).norm()
+
+
+@pytest.mark.parametrize("record", [False, True], ids=["plain", "recorded"])
+def test_compiled_blocks_train_alike(record, tmp_path):
+    """torch.compile around the twins, also inside a recorded step: compiling happens in the first call, recording in the third."""
+    try: (plain, _), (compiled, _) = train(tmp_path, "fp32", record), train(tmp_path, "fp32", record, compile=True)
+    finally: torch._dynamo.reset()
+    for key in ("loss", "mtp_2", "grad_norm"): assert [row[key] for row in compiled] == pytest.approx([row[key] for row in plain], rel=2e-4), key
 
 
 def test_a_recorded_step_that_is_not_finite_leaves_the_weights(tmp_path):
