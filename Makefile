@@ -23,6 +23,7 @@ run: $(SETUP)
 	$(PY) experiments/plot_model.py
 	$(PY) 05_pretrain.py --fresh
 	$(PY) experiments/plot_run.py
+	$(PY) 06_sft.py --fresh
 	@$(PY) experiments/table.py summary
 
 test: $(SETUP)

@@ -1,6 +1,6 @@
 """Runs the stages as `make run` does, times each, and keeps their result rows in experiments/results.jsonl, from which the README is rendered.
 
-Run:   python experiments/record.py              # about 5 min on 2 cores: the five stages, as `make run` runs them
+Run:   python experiments/record.py              # about 8 min on 2 cores: the stages, as `make run` runs them
        python experiments/record.py --what test  # `make test`, its installation included when there is no .venv yet
        python experiments/record.py --what gpu   # on a machine with a GPU: its suite, and one layer of each kind at Ultra's width
        python experiments/table.py readme        # then render
@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Literal
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ("01_nvfp4.py", "02_mamba.py", "03_latentmoe.py", "04_model.py", "05_pretrain.py --fresh", "04_model.py --preset ultra")
+STAGES = ("01_nvfp4.py", "02_mamba.py", "03_latentmoe.py", "04_model.py", "05_pretrain.py --fresh", "06_sft.py --fresh",
+          "04_model.py --preset ultra")
 
 
 def rows_of(path: Path) -> list[dict]:

@@ -20,7 +20,8 @@ STAGES = {"01_nvfp4": "what four bits keep and lose, and the three products of a
           "02_mamba": "the state space layer as recurrence, attention matrix and chunked scan",
           "03_latentmoe": "a router, experts in a narrow latent, and what keeps them busy",
           "04_model": "the hybrid model with its multi-token head, checkpoints and text generation",
-          "05_pretrain": "tokenizer, data, schedule, trainer: a model that learns from real text"}
+          "05_pretrain": "tokenizer, data, schedule, trainer: a model that learns from real text",
+          "06_sft": "chat format, reasoning modes, packing, tools: a model that answers"}
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -72,7 +73,16 @@ def showed_05(rows):
             f"loss gap of {gap}")
 
 
-SHOWED: dict[str, Callable] = dict(zip(STAGES, (showed_01, showed_02, showed_03, showed_04, showed_05)))
+def showed_06(rows):
+    row = newest(rows, "06_sft")
+    if row is None: return None
+    modes = ", ".join(f"{mode} {x['accuracy']:.0%} in {x['tokens']:.0f} tokens" for mode, x in row["all"].items())
+    constant = next(iter(row["all"].values()))["constant"]
+    return (f"held-out questions answered exactly: {modes} (best constant answer {constant:.0%}); packs {row['filled'][0]:.0%} full, "
+            f"padding would fill {row['padded']:.0%}")
+
+
+SHOWED: dict[str, Callable] = dict(zip(STAGES, (showed_01, showed_02, showed_03, showed_04, showed_05, showed_06)))
 
 
 def summary() -> None:

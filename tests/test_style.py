@@ -59,7 +59,8 @@ def _does_work(node: ast.stmt) -> bool:
     return False
 
 
-@pytest.mark.parametrize("path", [*STAGES, *KERNELS, *sorted(ROOT.glob("data/**/*.py")), *sorted(ROOT.glob("experiments/*.py"))], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*STAGES, *KERNELS, *sorted(ROOT.glob("data/**/*.py")), *sorted(ROOT.glob("experiments/*.py"))],
+                         ids=lambda p: p.stem)
 def test_import_does_nothing(path):
     """A script that works at import cannot be tested, taught from or imported by the next stage."""
     working = [f"line {n.lineno}" for n in ast.parse(path.read_text()).body if _does_work(n)]
