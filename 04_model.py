@@ -271,7 +271,7 @@ def attention_mask(doc_bs: Tensor, t: int, impl: str = "auto") -> Tensor:
 
 
 def attend(q_bhtp: Tensor, k_bhsp: Tensor, v_bhsp: Tensor, mask=None) -> Tensor:
-    """softmax(q kᵀ / sqrt(p)) v over what the mask shows, [b, h, t, p]; k and v may have fewer heads. A single query without a mask sees all."""
+    """softmax(q kᵀ / sqrt(p)) v over what attention_mask shows, [b, h, t, p]; k and v may have fewer heads. Without a mask one query sees all."""
     if not (mask is None or isinstance(mask, Tensor)): return nvfp4.find_twin("attention", "attend", "auto", q_bhtp)(q_bhtp, k_bhsp, v_bhsp, mask)
     # NOTE: is_causal aligns the first query with the first key, right only when nothing is cached; one token after a cache sees all.
     if q_bhtp.shape[2] > 1: return F.scaled_dot_product_attention(q_bhtp, k_bhsp, v_bhsp, attn_mask=mask, is_causal=mask is None, enable_gqa=True)

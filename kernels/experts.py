@@ -50,7 +50,9 @@ dW 5.5 and 6.0; forward 7.7, with backward 27.7. 64 tokens: forward 4.52 (the we
 Tried: row tiles of at most 128, up 4.30, as weights pass the L2 twice (37 GB through it, 95 % of its throughput); dW with a loop over 3 blocks of
 rows a tile, 6.7 and 6.0; the panel with pointers in place of descriptors, 6.1 and 6.2.
 
-Left to the stage: training in NVFP4 (`recipe`; its products have kernels of their own) and float64, in which tests compare algorithms.
+Left to the stage: training in NVFP4 (`recipe`; its products have kernels of their own) and float64, in which tests compare algorithms. Where rows
+leave between sorting and summing (NVFP4, expert parallelism), copy_to_experts and weighted_sum are those two ends with a backward of their own:
+autograd's adds rows up with atomics. Not timed yet.
 Sources: 03_latentmoe.py; Triton's tutorial on grouped products (one launch for many problems of unequal size); [LatentMoE] 2601.18089.
 """
 from __future__ import annotations

@@ -61,8 +61,8 @@ class Follow(Environment):
             keys = {key: rng.choice(list(TYPES)) for key in rng.sample(KEYS, n)}
             given = {}
             if level == 3:
-                keys[key] = "integer" if (key := rng.choice(list(keys))) else ""
-                given = {key: rng.randint(2, 99)}
+                key = rng.choice(list(keys))
+                keys[key], given = "integer", {key: rng.randint(2, 99)}
             prompt = "JSON with " + ", ".join(f"{key} ({kind})" for key, kind in keys.items()) + "".join(f", {k} is {v}" for k, v in given.items())
             return Task(self.name, self.domain, level, prompt, "", dict(keys=keys, given=given))
         kinds = [rng.choice(["words", "begin", "end", "use"])] if form == "one" else [form, *rng.sample(MORE, n)]
