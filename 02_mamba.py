@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -56,8 +57,10 @@ def segments(doc_bt: Tensor) -> Tensor:
 
 
 def padding(doc_bt: Tensor | None) -> Tensor | None:
-    """Where padding is, bool [b, t], or None when there is none, as in most packed rows: every mask is a pass over the data."""
-    return (doc_bt < 0) if doc_bt is not None and (doc_bt < 0).any() else None
+    """Where padding is, bool [b, t], or None when there is none, as in most packed rows: every mask is a pass over the data. On a GPU the mask
+    always, since asking whether there is any would make the host wait."""
+    pad_bt = None if doc_bt is None else doc_bt < 0
+    return pad_bt if pad_bt is not None and (pad_bt.is_cuda or pad_bt.any()) else None
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -549,9 +552,17 @@ def ssd_step(x, dt, A_h, B, C, D_h=None, state_bhpn=None, doc_b=None, slots_b=No
 # Megatron sends activations instead: an all-to-all gives each rank the whole sequence of some heads, and no scan needs a correction  [Megatron].
 # Documents and padding mean what they mean on one device, wherever the cuts are: what crosses a cut stops at a change of document.
 
-class ContextGroup(NamedTuple):
+class ContextGroup:
     """The ranks that hold the pieces of one sequence, in the order of time, all with the same batch rows."""
-    group: dist.ProcessGroup
+    def __init__(self, group: dist.ProcessGroup):
+        self.group, self.seen = group, {}
+
+    def once(self, f: Callable, doc_bt: Tensor, *args):
+        """f(doc_bt, *args, self), computed for the first layer that asks; the others read the same documents. PITFALL: the same tensor counts as
+        the same documents, so nobody may write into it."""
+        kept, result = self.seen.get((f, args), (None, None))
+        if kept is not doc_bt: self.seen[f, args] = doc_bt, (result := f(doc_bt, *args, self))
+        return result
 
     @property
     def rank(self) -> int:
@@ -588,31 +599,39 @@ def gather_ranks(x: Tensor, context: ContextGroup) -> Tensor:
     return _GatherRanks.apply(x, context.group)
 
 
-def last_inputs(x_btc: Tensor, doc_bt: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The last `count` tokens that are not padding, oldest first -> (inputs [b, count, c], their ids [b, count]); 0 and -1 where there are fewer."""
-    b, t = doc_bt.shape
-    real_bt = torch.arange(t, device=doc_bt.device).masked_fill(doc_bt < 0, -1)
+def last_places(doc_bt: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Where the last `count` tokens lie that are not padding, oldest first -> (places [b, count], absent: True where there are fewer, place 0)."""
+    real_bt = torch.arange(doc_bt.shape[1], device=doc_bt.device).masked_fill(doc_bt < 0, -1)
     place_bt = F.pad(real_bt, (count, 0), value=-1).topk(count, dim=1).values.flip(1)
-    x = x_btc[torch.arange(b, device=doc_bt.device)[:, None], place_bt.clamp(min=0)]
-    absent_bt = place_bt < 0
-    return x.masked_fill(absent_bt[..., None], 0), doc_bt.gather(1, place_bt.clamp(min=0)).masked_fill(absent_bt, -1)
+    return place_bt.clamp(min=0), place_bt < 0
+
+
+def pick(x_btc: Tensor, place_bt: Tensor, absent_bt: Tensor) -> Tensor:
+    """x at the places, 0 where absent."""
+    return x_btc[torch.arange(len(x_btc), device=x_btc.device)[:, None], place_bt].masked_fill(absent_bt[..., None], 0)
+
+
+def halo_places(doc_bt: Tensor, count: int, context: ContextGroup) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(what each rank sends, absent; the halo's places among what all ranks sent, what of it is hidden), by the documents alone.
+
+    Each rank sends its last `count` real tokens. A piece may hold fewer, so the halo is taken from what all the ranks before sent.
+    """
+    mine_bt, absent_bt = last_places(doc_bt, count)
+    ids_bt = gather_ranks(doc_bt.gather(1, mine_bt).masked_fill(absent_bt, -1), context).transpose(0, 1).flatten(1, 2)
+    later_t = torch.arange(ids_bt.shape[1], device=doc_bt.device) >= context.rank * count
+    halo_bt, hidden_bt = last_places(ids_bt.masked_fill(later_t, -1), count)
+    # ids may come back, so equal ids are not enough: no change of document may lie between the entry and my first token
+    segment_bt = segments(torch.cat([ids_bt.gather(1, halo_bt).masked_fill(hidden_bt, -1), fill_padding(doc_bt)[:, :1]], 1))
+    return mine_bt, absent_bt, halo_bt, hidden_bt | (segment_bt[:, :-1] != segment_bt[:, -1:])
 
 
 def conv_halo(x_btc: Tensor, doc_bt: Tensor | None, taps: int, context: ContextGroup) -> Tensor:
-    """The convolution's inputs before this rank's piece, causal_conv1d's window [b, taps-1, c]; 0 where they are of another document.
-
-    Each rank sends its last taps - 1 real tokens. A piece may hold fewer, so the halo is taken from what all the ranks before sent.
-    """
+    """The convolution's inputs before this rank's piece, causal_conv1d's window [b, taps-1, c]; 0 where they are of another document."""
     b, t, c = x_btc.shape
     if taps == 1: return x_btc.new_zeros(b, 0, c)
     if doc_bt is None: doc_bt = torch.zeros(b, t, dtype=torch.int64, device=x_btc.device)
-    mine_btc, ids_bt = last_inputs(x_btc, doc_bt, taps - 1)
-    tape_btc, ids_bt = (gather_ranks(z, context).transpose(0, 1).flatten(1, 2) for z in (mine_btc, ids_bt))
-    later_t = torch.arange(ids_bt.shape[1], device=x_btc.device) >= context.rank * (taps - 1)
-    halo_btc, ids_bt = last_inputs(tape_btc, ids_bt.masked_fill(later_t, -1), taps - 1)
-    # ids may come back, so equal ids are not enough: no change of document may lie between the entry and my first token
-    segment_bt = segments(torch.cat([ids_bt, fill_padding(doc_bt)[:, :1]], 1))
-    return halo_btc.masked_fill((segment_bt[:, :-1] != segment_bt[:, -1:])[..., None], 0)
+    mine_bt, absent_bt, halo_bt, hidden_bt = context.once(halo_places, doc_bt, taps - 1)
+    return pick(gather_ranks(pick(x_btc, mine_bt, absent_bt), context).transpose(0, 1).flatten(1, 2), halo_bt, hidden_bt)
 
 
 def piece_segments(doc_bt: Tensor, context: ContextGroup) -> tuple[Tensor, Tensor]:
@@ -629,6 +648,11 @@ def piece_segments(doc_bt: Tensor, context: ContextGroup) -> tuple[Tensor, Tenso
     return ends_kb - changes_kb, ends_kb
 
 
+def first_segment(doc_bt: Tensor, context: ContextGroup) -> Tensor:
+    """Which tokens of this rank's piece lie before its first change of document, bool [b, t]: the state that comes in is theirs."""
+    return segments(doc_bt) == 0
+
+
 def pass_state(S_bhpn: Tensor, log_decay_bh: Tensor, doc_bt: Tensor | None, context: ContextGroup) -> Tensor:
     """The state that enters this rank's piece [b, h, p, n], from what each rank's piece leaves when it starts from zero (S_bhpn) and the sum of
     dt A over it (log_decay_bh). Three ranks with S = 1 2 4, each halving what comes in: into rank 2 go 1 · 1/2 + 2 = 2.5."""
@@ -640,7 +664,7 @@ def pass_state(S_bhpn: Tensor, log_decay_bh: Tensor, doc_bt: Tensor | None, cont
     between_kbh = F.pad(log_kbh, (0, 0, 0, 0, 0, 1))[1:].flip(0).cumsum(0).flip(0)
     weight_kbh = fade(between_kbh)
     if doc_bt is not None:
-        begins_kb, ends_kb = piece_segments(doc_bt, context)
+        begins_kb, ends_kb = context.once(piece_segments, doc_bt)
         weight_kbh = weight_kbh * (ends_kb[:rank] == begins_kb[rank])[..., None]
     return torch.einsum("kbh,kbhpn->bhpn", weight_kbh, S_kbhpn)
 
@@ -655,7 +679,7 @@ def ssd_across_ranks(x_bthp, dt_bth, A_h, B_btgn, C_btgn, D_h, chunk: int, doc_b
         # PITFALL: sums run along the last dimension. Along t of [b, t, h] a GPU gives each head one thread, and t steps one after the other.
         cs_bht = log_bth.transpose(1, 2).cumsum(-1)
         into_bht = fade(cs_bht)
-        if doc_bt is not None: into_bht = into_bht * (segments(doc_bt) == 0)[:, None]
+        if doc_bt is not None: into_bht = into_bht * context.once(first_segment, doc_bt)[:, None]
         S_bhpn = pass_state(S_bhpn, cs_bht[..., -1], doc_bt, context)
         carried_bgtx = C_btgn.to(S_bhpn.dtype).transpose(1, 2) @ by_group(S_bhpn, g).transpose(2, 3)      # x: the heads of a group, h / g · p
         carried_btgjp = carried_bgtx.transpose(1, 2).unflatten(3, (-1, p))                                  # j: of h / g heads

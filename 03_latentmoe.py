@@ -368,9 +368,12 @@ def experts_exchanged(x_rl: Tensor, weights_rk: Tensor, experts_rk: Tensor, up_e
     send_ne = count_load(experts_rk, ranks * local).view(ranks, local)
     receive_ne = torch.empty_like(send_ne)
     dist.all_to_all_single(receive_ne, send_ne, group=group)
-    send_n, receive_n = torch.stack([send_ne, receive_ne]).sum(2).tolist()      # NOTE: here the host waits
-
+    counts = torch.stack([send_ne, receive_ne]).sum(2).to("cpu", non_blocking=True)
+    counted = torch.cuda.current_stream().record_event() if x_rl.is_cuda else None
     x_ql = copy_to_experts(x_rl.to(nvfp4.output_dtype(x_rl)), experts_rk.shape[1], order_q, inverse_q)
+    if counted is not None: counted.synchronize()      # NOTE: here the host waits, while the device copies rows
+    send_n, receive_n = counts.tolist()
+
     x_ml = Exchange.apply(x_ql, send_n, receive_n, group)
     expert_m = torch.arange(local, device=x_rl.device).repeat(ranks).repeat_interleave(receive_ne.view(-1), output_size=len(x_ml))
     # each arrived row is a token with one expert and weight 1: the sort by expert, the twin and NVFP4 are those of one rank

@@ -329,8 +329,9 @@ def _weight_kernel(tokens_rl, hidden_qf, token_q, order_q, weights_q, offsets_e,
                    WEIGHTED: tl.constexpr, TOKENS_FIRST: tl.constexpr, TMA: tl.constexpr, PANEL: tl.constexpr, BLOCK_L: tl.constexpr,
                    BLOCK_F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr):
     """out[e, l, f] (TOKENS_FIRST) or out[e, f, l] = sum over the rows q of expert e of tokens[q's token, l] · hidden[q, f]."""
-    blocks, pid = tl.cdiv(L, BLOCK_L), tl.program_id(0)
-    expert, l = pid // blocks, pid % blocks * BLOCK_L
+    # with panels a program goes along the whole hidden layer, without them it computes one tile
+    blocks, parts, pid = tl.cdiv(L, BLOCK_L), 1 if PANEL else tl.cdiv(F, BLOCK_F), tl.program_id(0)
+    expert, l, part = pid // (blocks * parts), pid // parts % blocks * BLOCK_L, pid % parts * BLOCK_F
     start, end = tl.load(offsets_e + expert - 1, mask=expert > 0, other=0), tl.load(offsets_e + expert)
     count = end - start
     if PANEL and (count > 0) & (count <= BLOCK_K):
@@ -347,7 +348,7 @@ def _weight_kernel(tokens_rl, hidden_qf, token_q, order_q, weights_q, offsets_e,
                       TMA, BLOCK_L, BLOCK_F, BLOCK_M, BLOCK_N, 2 * BLOCK_K, 2 * BLOCK_K, STAGES - 1)
     else:      # no rows, or more than a panel holds: block by block, for every tile anew
         at_l = l + tl.arange(0, BLOCK_L)
-        for f in range(0, F, BLOCK_F):
+        for f in range(part, F if PANEL else part + 1, BLOCK_F):
             at_f = f + tl.arange(0, BLOCK_F)
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for row in range(start, end, BLOCK_K):
@@ -433,7 +434,8 @@ def _weight_gradient(tokens_rl: Tensor, hidden_qf: Tensor, routing: _Routing, we
     # NOTE: this replaces an allocator that a program with kernels of its own has set
     if panel: triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=hidden_qf.device))
     tokens_rl = tokens_rl if tokens_rl.stride(1) == 1 else tokens_rl.contiguous()
-    _weight_kernel[(experts * triton.cdiv(l, t["BLOCK_L"]),)](
+    tiles = triton.cdiv(l, t["BLOCK_L"]) * (1 if panel else triton.cdiv(f, t["BLOCK_F"]))
+    _weight_kernel[(experts * tiles,)](
         tokens_rl, hidden_qf, routing.token_q, routing.order_q, weights_rk, routing.offsets_e, out_emn if moved is None else moved,
         tokens_rl.stride(0), L=l, F=f, WEIGHTED=weights_rk is not None, TOKENS_FIRST=tokens_first, TMA=moved is not None, PANEL=panel,
         BLOCK_L=t["BLOCK_L"], BLOCK_F=t["BLOCK_F"], BLOCK_M=height, BLOCK_N=width, BLOCK_K=t["BLOCK_K"], STAGES=t["num_stages"],
