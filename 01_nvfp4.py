@@ -501,8 +501,8 @@ def product(a: Tensor, b: Tensor, offsets_e: Tensor | None = None) -> Tensor:
     """a · bᵀ in the operands' own precision, whole or by expert."""
     with torch.autocast(a.device.type, enabled=False):
         if offsets_e is None: return a @ b.mT
-        ends = offsets_e.tolist()
-        cut = a.shape[0] if b.ndim == 3 else a.shape[1]
+        if a.is_cuda and b.ndim == 3 and a.dtype == torch.bfloat16 and a.shape[1] % 8 == 0: return torch._grouped_mm(a, b.mT, offs=offsets_e.int())
+        ends, cut = offsets_e.tolist(), a.shape[0 if b.ndim == 3 else 1]
         if ends[-1] != cut or (b.ndim == 3 and b.shape[0] != len(ends)):
             raise ValueError(f"offsets_e ends at {ends[-1]} for {len(ends)} experts, but the operands are {tuple(a.shape)} and {tuple(b.shape)}: "
                              "it must hold each expert's end, the last equal to the number of rows.")

@@ -46,7 +46,8 @@ class Config:
     gpus: int = 2                       # processes of the divided run
     batch: int = 16                     # sequences a GPU
     seq: int = 2048                     # tokens a sequence
-    long: int = 32768                   # tokens a GPU of the one sequence that --only context divides: 65,536 on two
+    long: int = 32768                   # tokens a GPU of each sequence that --only context divides: 65,536 on two
+    rows: int = 1                       # such sequences at a time
     document: int = 4096                # tokens a document
     recompute: bool = False             # activation checkpointing, in both runs
     steps: int = 10                     # timed, after 4 to warm up
@@ -75,7 +76,7 @@ def work(config: Config, name: str) -> dict:
     pretrain, model04 = stage("05_pretrain"), stage("04_model")
     n, divided = int(os.environ.get("WORLD_SIZE", 1)), "WORLD_SIZE" in os.environ
     share = CASES[name](config.gpus)
-    batch, seq = (1, config.long) if "cp" in share else (config.batch, config.seq)      # of a GPU
+    batch, seq = (config.rows, config.long) if "cp" in share else (config.batch, config.seq)      # of a GPU
     # what n GPUs hold together; a check compares equal tokens, so there one process holds it too
     many = config.gpus if config.check else n
     batch, seq = (batch, seq * many) if "cp" in share else (batch * many, seq)

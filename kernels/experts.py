@@ -27,7 +27,8 @@ A tile of dW is two or three steps of products, too few to hide a load, so the l
 expert's tokens times 128 of their columns, in shared memory, and moves along the hidden layer; the next tile's rows arrive while this one is
 multiplied and the last one is stored. Those rows come through a descriptor that the program makes for its expert: it ends with the expert's rows,
 so the hardware puts zeros where a neighbour's rows would be, and no thread spends instructions on addresses. In fp32, for experts with more than 256
-rows, and for rows of no whole 16 bytes, which no descriptor can load, a loop over the expert's rows computes each tile:
+rows, and for rows of no whole 16 bytes, which no descriptor can load, a loop over the expert's rows computes each tile; where most experts have that
+many, a program computes one tile only, since few large experts would not occupy the GPU.
 
                   hidden f  →  tile 0   tile 1   tile 2  ...  one product each, no loop over rows
     panel: 176 tokens        ┌────────┬────────┬────────┐
@@ -52,7 +53,7 @@ rows a tile, 6.7 and 6.0; the panel with pointers in place of descriptors, 6.1 a
 
 Left to the stage: training in NVFP4 (`recipe`; its products have kernels of their own) and float64, in which tests compare algorithms. Where rows
 leave between sorting and summing (NVFP4, expert parallelism), copy_to_experts and weighted_sum are those two ends with a backward of their own:
-autograd's adds rows up with atomics. Not timed yet.
+autograd's adds rows up with atomics. Preset gap trains in NVFP4 at 322,000 tokens/s in place of 294,000.
 Sources: 03_latentmoe.py; Triton's tutorial on grouped products (one launch for many problems of unequal size); [LatentMoE] 2601.18089.
 """
 from __future__ import annotations
