@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from functools import partial
@@ -276,7 +276,7 @@ def attend(q_bhtp: Tensor, k_bhsp: Tensor, v_bhsp: Tensor, mask=None) -> Tensor:
     # NOTE: is_causal aligns the first query with the first key, right only when nothing is cached; one token after a cache sees all.
     if q_bhtp.shape[2] > 1: return F.scaled_dot_product_attention(q_bhtp, k_bhsp, v_bhsp, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
     grouped = q_bhtp.view(q_bhtp.shape[0], k_bhsp.shape[1], -1, q_bhtp.shape[3])      # decode: heads that share a key head as its queries
-    return F.scaled_dot_product_attention(grouped, k_bhsp, v_bhsp, attn_mask=mask).view_as(q_bhtp)
+    return F.scaled_dot_product_attention(grouped, k_bhsp, v_bhsp, attn_mask=mask).reshape(q_bhtp.shape)
 
 
 def up_to_here(x: Tensor, dim: int, context: mamba.ContextGroup) -> Tensor:
@@ -525,28 +525,26 @@ class Losses(NamedTuple):
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h_rd, weight_vd, labels_r, mask_r, chunk):
-        count = mask_r.sum().clamp(min=1)
+    def forward(ctx, h_rd, weight_vd, labels_r, w_r, chunk):
         dh_rd = torch.empty_like(h_rd) if h_rd.requires_grad else None
         # PITFALL: this sum runs over every chunk, micro-batch and MTP depth. In bf16 it loses the small MTP share: Ultra's divergence at 8T.
         dweight_vd = torch.zeros_like(weight_vd, dtype=torch.promote_types(weight_vd.dtype, torch.float32)) if weight_vd.requires_grad else None
         total = h_rd.new_zeros((), dtype=torch.promote_types(h_rd.dtype, torch.float32))
+        w_r = w_r.to(total.dtype) / w_r.sum().clamp(min=1e-30)      # 0 / 1e-30 = 0: the mean of nothing
         for i in range(0, h_rd.shape[0], chunk):
-            h, labels, mask = h_rd[i:i + chunk], labels_r[i:i + chunk, None], mask_r[i:i + chunk]
+            h, labels, w = h_rd[i:i + chunk], labels_r[i:i + chunk, None], w_r[i:i + chunk, None]
             logits = (h @ weight_vd.T).to(total.dtype)
             top, picked = logits.amax(-1, keepdim=True), logits.gather(1, labels)
             p = logits.sub_(top).exp_()                       # the softmax, once divided by z; one buffer serves loss and gradient
             z = p.sum(-1, keepdim=True)
-            total += ((z.log() + top - picked)[:, 0] * mask).sum()
+            total += ((z.log() + top - picked) * w).sum()
             if dh_rd is None and dweight_vd is None: continue
-            # d loss / d logits = (softmax - one_hot) · mask / count
-            scale = (mask.to(p.dtype) / count)[:, None]
-            grad = p.mul_(scale / z).scatter_add_(1, labels, -scale).to(h.dtype)
+            grad = p.mul_(w / z).scatter_add_(1, labels, -w).to(h.dtype)      # d loss / d logits = (softmax - one_hot) · w
             if dh_rd is not None: dh_rd[i:i + chunk] = grad @ weight_vd
             if dweight_vd is not None: dweight_vd += grad.T @ h
         ctx.save_for_backward(dh_rd, dweight_vd)
         ctx.dtypes = h_rd.dtype, weight_vd.dtype
-        return total / count
+        return total
 
     @staticmethod
     def backward(ctx, grad):
@@ -555,56 +553,58 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 None, None, None)
 
 
-def cross_entropy_definition(h_rd: Tensor, weight_vd: Tensor, labels_r: Tensor, mask_r: Tensor) -> Tensor:
-    """Rung 1: mean over the unmasked rows of -log softmax(h · weightᵀ)[label]."""
+def cross_entropy_definition(h_rd: Tensor, weight_vd: Tensor, labels_r: Tensor, w_r: Tensor) -> Tensor:
+    """Rung 1: mean over the rows, weighed by w, of -log softmax(h · weightᵀ)[label]."""
     logits_rv = h_rd @ weight_vd.T
     loss_r = torch.logsumexp(logits_rv, -1) - logits_rv.gather(1, labels_r[:, None])[:, 0]
-    return (loss_r * mask_r).sum() / mask_r.sum().clamp(min=1)
+    return (loss_r * w_r).sum() / w_r.sum().clamp(min=1e-30)
 
 
-def linear_cross_entropy(h_rd: Tensor, weight_vd: Tensor, labels_r: Tensor, mask_r: Tensor | None = None, chunk: int = 512, impl: str = "auto"):
-    """Mean cross-entropy of h · weightᵀ against labels over rows with mask True, a scalar in fp32 (fp64 for fp64 inputs).
+def linear_cross_entropy(h_rd: Tensor, weight_vd: Tensor, labels_r: Tensor, w_r: Tensor | None = None, chunk: int = 512, impl: str = "auto"):
+    """Mean cross-entropy of h · weightᵀ against labels, rows weighed by w (a mask is 0 and 1), a scalar in fp32 (fp64 for fp64 inputs).
 
-    `chunk` rows of logits exist at a time. A row whose label is negative counts as masked. All rows masked gives 0.
+    `chunk` rows of logits exist at a time. A row whose label is negative weighs nothing. No weight at all gives 0.
     """
-    mask_r = labels_r >= 0 if mask_r is None else mask_r.bool() & (labels_r >= 0)
-    if twin := nvfp4.find_twin("cross_entropy", "linear_cross_entropy", impl, h_rd): return twin(h_rd, weight_vd, labels_r, mask_r)
+    w_r = labels_r >= 0 if w_r is None else w_r * (labels_r >= 0)
+    if twin := nvfp4.find_twin("cross_entropy", "linear_cross_entropy", impl, h_rd): return twin(h_rd, weight_vd, labels_r, w_r)
     if not torch.is_grad_enabled(): h_rd, weight_vd = h_rd.detach(), weight_vd.detach()     # the loss alone: a third of the work
-    return _LinearCrossEntropy.apply(h_rd, weight_vd, labels_r.clamp(min=0), mask_r, chunk)
+    if not h_rd.is_cuda: h_rd, labels_r, w_r = (x[w_r != 0] for x in (h_rd, labels_r, w_r))      # a GPU would have to stop and count them
+    return _LinearCrossEntropy.apply(h_rd, weight_vd, labels_r.clamp(min=0), w_r, chunk)
 
 
 def loss(model: Nemotron, ids_bt: Tensor, labels_bt: Tensor, doc_bt: Tensor | None = None, mask_bt: Tensor | None = None,
-         mtp_weight: float = 0.1, aux_weight: float = 1e-4) -> Losses:
+         mtp_weight: float = 0.1, aux_weight: float = 1e-4, weigh: Callable | None = None, totals_k: Tensor | None = None) -> Losses:
     """Training loss. labels_bt[t] is the token after ids_bt[t]; mask_bt (True = learn) defaults to labels >= 0, outside padding.
 
+    weigh(mask_bt, doc_bt): weights, instead of the mask; totals_k: what they sum to, by depth, in a batch of which this is a piece.
     mtp_weight 0.1 over both depths  [Ultra]; NVIDIA's recipe code says 0.3 for Super, and per token (not halved) in SFT.
     mtp_weight 0 skips the head, aux_weight 0 the balance loss; the loads are counted either way.
     After context_parallel every rank gives the whole sequences and gets its share: the mean over ranks is the loss.
     """
     if ids_bt.shape != labels_bt.shape: raise ValueError(f"ids {tuple(ids_bt.shape)} and labels {tuple(labels_bt.shape)} must have one shape.")
-    c = model.config
+    c, context = model.config, model.context
     mask_bt = labels_bt >= 0 if mask_bt is None else mask_bt.bool() & (labels_bt >= 0)
     if doc_bt is not None: mask_bt = mask_bt & (doc_bt >= 0)
-    context = model.context
     if context is not None and ids_bt.shape[1] % context.size:
         raise ValueError(f"{ids_bt.shape[1]} tokens cannot be cut into {context.size} equal pieces: choose a multiple as sequence length.")
     mine = lambda x_bt: x_bt if x_bt is None or context is None else x_bt.chunk(context.size, 1)[context.rank]
     h_btd, balances = model.trunk(mine(ids_bt), mine(doc_bt))
 
-    def ce(h_btd, labels_bt, mask_bt):
-        mean = linear_cross_entropy(h_btd.flatten(0, 1), model.lm_head.weight, mine(labels_bt).flatten(), mine(mask_bt).flatten())
+    def ce(k, h_btd, labels_bt, mask_bt):
+        w_bt = mask_bt if weigh is None else weigh(mask_bt, doc_bt)
+        mean = linear_cross_entropy(h_btd.flatten(0, 1), model.lm_head.weight, mine(labels_bt).flatten(), mine(w_bt).flatten())
         # the mean of the ranks' numbers is to be the mean over all tokens, of which some ranks may have more than others
-        return mean if context is None else mean * (context.size * mine(mask_bt).sum() / mask_bt.sum().clamp(min=1))
+        part = mine(w_bt).sum() / (w_bt.sum().clamp(min=1e-30) if totals_k is None else totals_k[k])
+        return mean * part * (1 if context is None else context.size)
 
-    main = ce(h_btd, labels_bt, mask_bt)
-
+    main = ce(0, h_btd, labels_bt, mask_bt)
     depths = c.mtp_depths if mtp_weight and hasattr(model, "mtp") else 0
     mtp_k, head_balances, visible = [], [], model.visible(mine(doc_bt), *mine(ids_bt).shape)
-    for _ in range(depths):
+    for k in range(1, depths + 1):
         ids_bt, labels_bt = roll_document(ids_bt, doc_bt), roll_document(labels_bt, doc_bt)
         mask_bt = roll_document(mask_bt, doc_bt, fill=False)
         h_btd, balance = model.mtp(model.backbone.embeddings(mine(ids_bt)), h_btd, mine(doc_bt), visible, run=model.run)
-        mtp_k.append(ce(h_btd, labels_bt, mask_bt))
+        mtp_k.append(ce(k, h_btd, labels_bt, mask_bt))
         if balance is not None: head_balances.append(balance)
 
     loads = [b.load_e for b in balances]

@@ -13,8 +13,9 @@ share one buffer, and the gradient of the logits overwrites them where they lie:
                  dh      = buffer · weight                                               product 2, cuBLAS
                  dweight += bufferᵀ · chunk of h, summed in fp32                         product 3, cuBLAS
 
-Pass 2 walks backwards: the end of the row was read last and is the likeliest to be in the L2 cache still. 1/count and the incoming gradient are one
-factor, applied in the backward: what is stored before lies in [-1, 1], which fp16 can hold, and softmax / 8192 it could not.
+Pass 2 walks backwards: the end of the row was read last and is the likeliest to be in the L2 cache still. A row's weight is relative to the largest
+one. What they sum to and the incoming gradient are one factor, applied in the backward: what is stored before lies in [-1, 1], which fp16 can hold,
+and softmax / 8192 it could not.
 
 Why not one fused kernel?  At Ultra (r 8192, d 8192, v 131072) each product is 2·r·v·d = 17.6 TFLOP, three of them 52.8: 67 ms at 790 TFLOP/s. In
 bf16 the buffer is written once and read twice or three times by the products and passes, and overwritten once: about 6 · 2.1 GB = 13 GB, 3 ms at
@@ -52,9 +53,9 @@ def _tiles(r: int, v: int, itemsize: int) -> dict[str, int]:
 
 
 @triton.jit
-def _row_kernel(logits_ptr, labels_ptr, loss_ptr, stride, v: tl.constexpr, GRADIENT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """One row: its loss, and with GRADIENT softmax - one_hot over the logits. A negative label means masked: loss 0, gradient 0, nothing read.
-    v is a constant because a model has one vocabulary."""
+def _row_kernel(logits_ptr, labels_ptr, w_ptr, loss_ptr, stride, v: tl.constexpr, GRADIENT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """One row: w times its loss, and with GRADIENT w (softmax - one_hot) over the logits. A negative label means masked: loss 0, gradient 0, nothing
+    read. v is a constant because a model has one vocabulary."""
     row = tl.program_id(0)
     # PITFALL: 4,096 rows of 131,072 already take 30 of int32's 31 bits
     row_ptr = logits_ptr + row.to(tl.int64) * stride
@@ -63,7 +64,7 @@ def _row_kernel(logits_ptr, labels_ptr, loss_ptr, stride, v: tl.constexpr, GRADI
     if label >= 0:
         # PITFALL: read now. After pass 2 has begun, a slow warp would find the gradient of a fast one here.
         # NOTE: a label beyond the vocabulary cannot stop the queue; it makes the loss NaN.
-        picked = tl.load(row_ptr + label, mask=label < v, other=float("nan")).to(WIDE)
+        picked, w = tl.load(row_ptr + label, mask=label < v, other=float("nan")).to(WIDE), tl.load(w_ptr + row)
 
         top, z_j = tl.full((), float("-inf"), WIDE), tl.zeros([BLOCK], WIDE)
         for step in range(0, steps):
@@ -75,13 +76,13 @@ def _row_kernel(logits_ptr, labels_ptr, loss_ptr, stride, v: tl.constexpr, GRADI
             top = higher
         z = tl.sum(z_j, 0)
         # NOTE: top - picked first: logits of 1e4 would swallow digits of log z
-        tl.store(loss_ptr + row, tl.log(z) + (top - picked))
+        tl.store(loss_ptr + row, w * (tl.log(z) + (top - picked)))
 
         if GRADIENT:
             for step in range(0, steps):
                 v_j = (steps - 1 - step) * BLOCK + lane
                 x_j = tl.load(row_ptr + v_j, mask=v_j < v).to(WIDE)
-                g_j = tl.exp(x_j - top) / z - tl.where(v_j == label, 1.0, 0.0)
+                g_j = w * (tl.exp(x_j - top) / z - tl.where(v_j == label, 1.0, 0.0))
                 tl.store(row_ptr + v_j, g_j.to(logits_ptr.dtype.element_ty), mask=v_j < v)
     else:
         tl.store(loss_ptr + row, 0.0)
@@ -106,10 +107,13 @@ def _times(x: Tensor, factor_1: Tensor, dtype: torch.dtype) -> Tensor:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h_rd, weight_vd, labels_r, dtype, learn_h, learn_weight):
+    def forward(ctx, h_rd, weight_vd, labels_r, w_r, dtype, learn_h, learn_weight):
         (r, _), (v, _) = h_rd.shape, weight_vd.shape
         wide = torch.promote_types(dtype, torch.float32)
-        h, weight, count = h_rd.to(dtype), weight_vd.to(dtype), (labels_r >= 0).sum().clamp(min=1)
+        h, weight, w_r = h_rd.to(dtype), weight_vd.to(dtype), w_r.to(wide) * (labels_r >= 0)
+        largest = w_r.amax() if r else w_r.sum()
+        w_r = w_r / torch.where(largest > 0, largest, 1)
+        total = w_r.sum().clamp(min=1)      # one weight is 1, unless all are 0
         loss_r, make = torch.empty(r, dtype=wide, device=h.device), torch.empty if r else torch.zeros
         dh_rd = make(h.shape, dtype=dtype, device=h.device) if learn_h else None
         dweight_vd = make(weight.shape, dtype=wide, device=h.device) if learn_weight else None
@@ -119,40 +123,42 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for i in range(0, r, tiles["chunk"]):
             rows = slice(i, min(i + tiles["chunk"], r))
             logits = torch.mm(h[rows], weight.T, out=buffer[:rows.stop - i])
-            _row_kernel[(rows.stop - i,)](logits, labels_r[rows], loss_r[rows], logits.stride(0), v=v, GRADIENT=learn,
+            _row_kernel[(rows.stop - i,)](logits, labels_r[rows], w_r[rows], loss_r[rows], logits.stride(0), v=v, GRADIENT=learn,
                                           WIDE=tl.float64 if wide == torch.float64 else tl.float32, BLOCK=tiles["block"],
                                           num_warps=tiles["num_warps"])
             if learn_h: torch.mm(logits, weight, out=dh_rd[rows])
             if learn_weight: _add_product(dweight_vd, logits.T, h[rows], beta=float(i > 0))
 
         if learn:
-            ctx.save_for_backward(dh_rd, dweight_vd, count)
+            ctx.save_for_backward(dh_rd, dweight_vd, total)
             ctx.dtypes = h_rd.dtype, weight_vd.dtype
-        return loss_r.sum() / count
+        return loss_r.sum() / total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        dh_rd, dweight_vd, count = ctx.saved_tensors
-        factor_1 = (grad / count).view(1)
+        dh_rd, dweight_vd, total = ctx.saved_tensors
+        factor_1 = (grad / total).view(1)
         dh_rd, dweight_vd = (None if x is None else _times(x, factor_1, dtype) for x, dtype in zip((dh_rd, dweight_vd), ctx.dtypes))
-        return dh_rd, dweight_vd, None, None, None, None
+        return dh_rd, dweight_vd, None, None, None, None, None
 
 
-def linear_cross_entropy(h_rd: Tensor, weight_vd: Tensor, labels_r: Tensor, mask_r: Tensor | None = None) -> Tensor:
-    """Mean cross-entropy of h · weightᵀ against labels over rows with mask True, a scalar in fp32 (fp64 for fp64 inputs); 0 when there are none.
+def linear_cross_entropy(h_rd: Tensor, weight_vd: Tensor, labels_r: Tensor, w_r: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy of h · weightᵀ against labels, rows weighed by w (a mask is 0 and 1), a scalar in fp32 (fp64 for fp64 inputs); 0 when all
+    weigh nothing.
 
-    A negative label counts as masked. A label of v or more in a row that counts makes the loss NaN. The products run in the
+    A row whose label is negative weighs nothing. A label of v or more in a row that counts makes the loss NaN. The products run in the
     dtype of h, under autocast in its dtype; gradients come back in the dtypes of h and weight.
     """
-    if h_rd.ndim != 2 or weight_vd.shape[1:] != h_rd.shape[1:] or any(x is not None and x.shape != h_rd.shape[:1] for x in (labels_r, mask_r)):
+    if h_rd.ndim != 2 or weight_vd.shape[1:] != h_rd.shape[1:] or any(x is not None and x.shape != h_rd.shape[:1] for x in (labels_r, w_r)):
         raise ValueError(f"h {tuple(h_rd.shape)} does not fit weight {tuple(weight_vd.shape)} and labels {tuple(labels_r.shape)}: they must be "
-                         "[r, d], [v, d] and [r], the mask [r] too.")
+                         "[r, d], [v, d] and [r], the weights [r] too.")
     kind = h_rd.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if autocast else h_rd.dtype
-    labels_r = labels_r if mask_r is None else torch.where(mask_r.bool(), labels_r, -1)
+    w_r = labels_r >= 0 if w_r is None else w_r
+    labels_r = torch.where(w_r != 0, labels_r, -1)
     learn = torch.is_grad_enabled()
     with importlib.import_module("02_mamba").full_precision(h_rd):      # the casts below are the ones autocast would make
-        return _LinearCrossEntropy.apply(h_rd, weight_vd, labels_r.contiguous(), dtype, learn and h_rd.requires_grad,
+        return _LinearCrossEntropy.apply(h_rd, weight_vd, labels_r.contiguous(), w_r, dtype, learn and h_rd.requires_grad,
                                          learn and weight_vd.requires_grad)

@@ -380,6 +380,46 @@ def test_linear_cross_entropy_equals_its_definition(rows, chunk):
     for a, b in zip(*results): torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
+def test_rows_are_weighed():
+    """Weights above and below 1, and of sum below 1, in float64: a mean weighed by hand; rows of weight 0 may hold labels that do not exist."""
+    g = torch.Generator().manual_seed(0)
+    h, weight = torch.randn(33, 8, generator=g, dtype=torch.float64), torch.randn(11, 8, generator=g, dtype=torch.float64)
+    labels, w = torch.randint(0, 11, (33,), generator=g), torch.rand(33, generator=g, dtype=torch.float64) * 3
+    w[::3] = 0
+    wild = labels.clone()
+    wild[::3] = 99
+    for scale in (1.0, 1e-3):
+        found = []
+        for definition in (True, False):
+            a, b = h.clone().requires_grad_(), weight.clone().requires_grad_()
+            loss_r = F.cross_entropy(a @ b.T, labels, reduction="none")
+            value = (w * loss_r).sum() / w.sum() if definition else model04.linear_cross_entropy(a, b, wild, w * scale, chunk=7)
+            value.backward()
+            found.append((value.detach(), a.grad, b.grad))
+        for want, have in zip(*found): torch.testing.assert_close(have, want, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(model04.cross_entropy_definition(h, weight, labels, w), found[0][0], rtol=1e-12, atol=0)
+
+
+def test_pieces_of_a_batch_add_up_to_it():
+    """totals_k says what the weights of the whole batch sum to: two rows alone, of 19 and 4 tokens to learn, give the loss and gradients of both."""
+    m, tokens = Nemotron(MICRO), ids(2, 25)
+    mask = torch.ones(2, 24, dtype=torch.bool)
+    mask[0, :5] = mask[1, 4:] = False
+    weigh = lambda mask_bt, doc_bt: mask_bt * torch.linspace(1, 2, mask_bt.shape[1])
+    def run(rows, **more):
+        m.zero_grad()
+        out = model04.loss(m, tokens[rows, :-1], tokens[rows, 1:], None, mask[rows], aux_weight=0.0, weigh=weigh, **more)
+        out.total.backward()
+        return torch.stack([out.main, *out.mtp_k]).detach(), m.backbone.layers[0].mixer.in_proj.weight.grad.clone()
+    w, totals = mask, []
+    for _ in range(3):
+        totals.append(weigh(w, None).sum())
+        w = model04.roll_document(w, None, fill=False)
+    whole, parts = run(slice(0, 2)), [run(slice(i, i + 1), totals_k=torch.stack(totals)) for i in (0, 1)]
+    for want, a, b in zip(whole, *parts): torch.testing.assert_close(a + b, want, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(whole[0], run(slice(0, 1))[0], rtol=1e-4)
+
+
 def test_nothing_to_learn_gives_zero():
     h, w = torch.randn(4, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
     value = model04.linear_cross_entropy(h, w, torch.full((4,), -1))

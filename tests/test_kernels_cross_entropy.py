@@ -55,6 +55,23 @@ def test_loss_and_gradients_are_no_worse_than_plain_pytorch(r, v, d, chunk, bloc
     for name, *values in zip(("loss", "dh", "dweight"), ours, theirs, exact): assert_no_worse(*values, what=name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_rows_are_weighed(dtype, monkeypatch):
+    """Weights from 0.01 to 3, some 0, against the definition: a weight left out of loss, gradient or sum, or the next row's, breaks it. Scaled so
+    that they sum to less than 1 they mean the same."""
+    use_tiles(monkeypatch, chunk=8, block=128)
+    h, w, labels, mask = problem(33, 515, 24, dtype, scale=3.0)
+    weights = torch.linspace(0.01, 3, 33, device=DEVICE) * mask
+    wild = torch.where(mask, labels, 2**40)
+    exact = with_gradients(lambda h, w, labels, m: model04.cross_entropy_definition(h.double(), w.double(), labels.clamp(min=0), m), h, w, labels,
+                           (weights * (labels >= 0)).double())
+    for scale in (1.0, 1e-3):
+        ours, theirs = (with_gradients(f, h, w, x, weights * scale) for f, x in ((linear_cross_entropy, wild), (plain, labels)))
+        for name, *values in zip(("loss", "dh", "dweight"), ours, theirs, exact):
+            if dtype == torch.float64: torch.testing.assert_close(values[0], values[2], rtol=1e-6, atol=1e-8)      # weights are fp32
+            else: assert_no_worse(*values, what=name)
+
+
 def test_float64_stays_float64(monkeypatch):
     use_tiles(monkeypatch, chunk=16, block=128)
     given = problem(33, 515, 24, torch.float64)
