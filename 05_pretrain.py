@@ -500,11 +500,11 @@ class NotFinite(ValueError):
 
 
 class Trainer:
-    """A model on its way. batches: step -> Batch; objective: (model, Batch) -> Losses, stage 04's loss unless a later stage brings its own."""
+    """A model on its way. batches: step -> Batch; objective: (model, Batch) -> Losses; schedule: step -> rate. By default 04's loss and wsd_lr."""
     def __init__(self, config: PretrainConfig, model: nemotron.Nemotron, batches: Callable[[int], Batch], home: Path,
                  tokenizer: Tokenizer | None = None, objective: Callable | None = None, data_hash: str = "",
-                 recipe: nvfp4.NVFP4Recipe | None = None, ranks: Ranks | None = None):
-        self.ranks = ranks
+                 recipe: nvfp4.NVFP4Recipe | None = None, ranks: Ranks | None = None, schedule: Callable[[int], float] | None = None):
+        self.ranks, self.schedule = ranks, schedule
         self.config, self.batches, self.home, self.tokenizer, self.data_hash = config, batches, Path(home), tokenizer, data_hash
         self.objective = objective or (lambda model, x: nemotron.loss(model, *x, mtp_weight=config.mtp_weight, aux_weight=config.aux_weight))
         self.model = model.to(config.device).train()
@@ -565,7 +565,7 @@ class Trainer:
     def train_step(self) -> dict:
         """One optimizer step; returns its row of metrics. ValueError when the loss is not finite: the weights are then as before the step."""
         c, start = self.config, time.perf_counter()
-        lr = wsd_lr(self.step + 1, self.last_step, c.warmup_steps, c.decay_steps, c.lr, c.lr_min)
+        lr = self.schedule(self.step) if self.schedule else wsd_lr(self.step + 1, self.last_step, c.warmup_steps, c.decay_steps, c.lr, c.lr_min)
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor): group["lr"].fill_(lr)
             else: group["lr"] = lr
@@ -859,9 +859,9 @@ def compare_branches(config: PretrainConfig, data: Data) -> dict[str, list[dict]
 
 # %% 12 · Samples and tables
 
-# three kinds of text, each with the temperature that suits it: a sum has one right answer
+# three kinds of text, each with the temperature that suits it: a question has one right answer
 PROMPTS = [("a story", "Once upon a time", 0.7), ("a Python function", "class File:\n    def __init__(self, name):\n", 0.4),
-           ("an arithmetic question", "Q: 6 + 7 = ?\nA:", 0.0)]
+           ("an arithmetic question", "Q: how many 1 bits in 77?\nA:", 0.0)]
 
 
 def write_samples(model: nemotron.Nemotron, tokenizer: Tokenizer, seed: int = 0) -> dict[str, str]:

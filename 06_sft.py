@@ -4,28 +4,32 @@ Left out:  several processes, and long-context and safety data; the released tem
 Sources:   [Ultra] Nemotron 3 Ultra report, arXiv 2606.15007 · [Super] Nemotron 3 Super report
            [Template] NVIDIA's published nano3.jinja, and the renderers of tinker-cookbook and PrimeIntellect that follow Ultra's chat_template
            [Packing] Fewer Truncations Improve Language Modeling, arXiv 2404.10830 · [Megatron] Megatron-LM, the code that trained it
-Run:       python 06_sft.py                       # 2.8 minutes on 2 CPU cores, from the newest checkpoint in out/pretrain: train, then score
+Run:       python 06_sft.py                       # about 3 minutes on 2 CPU cores, from the newest checkpoint in out/pretrain: train, then score
            python 06_sft.py --resume              # goes on after Ctrl-C
+           python 06_sft.py --score-on validation --out out/try --base out/pretrain/step-000600     # while choosing settings
            python 06_sft.py --data tasks my/chats.jsonl --fresh        # your own conversations beside the built-in questions
            python 06_sft.py --base DIR --data hf:ORG/SET@200MB --out out/mine      # a released checkpoint's layout, a hub set with "messages"
 Contents:  1 config   2 chat format   3 conversations   4 packing   5 loss   6 schedule and trainer   7 evaluation
            8 tables and figure   9 command
-Letters:   b batch  t time  r flattened rows (b·t)  d model width  v vocabulary  k prediction depth
+Letters:   b batch  t time  k prediction depth
 """
 from __future__ import annotations
 
 import glob
 import hashlib
 import importlib
+import itertools
 import json
 import math
 import random
+import re
 import shutil
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -50,27 +54,22 @@ Normalize = Literal["token", "conversation"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 
-# ours: the easiest one or two families of each domain; python -m data.tasks lists all. NOTE: families, steps and rates were chosen with an eye on the
-# held-out questions that the command scores, and other settings scored lower: a lucky choice is in the figures of one run.
-EASY = ("chain_sum", "leg_counting", "gcd", "spell_backward", "calendar_arithmetic", "number_filtering", "shop", "follow")
-
-
 @dataclass(frozen=True)
 class SFTConfig:
     """Fine-tunes a checkpoint on conversations, in two stages, and scores it on held-out questions."""
     base: Path | None = None         # directory with the released names and a tokenizer; nothing = the newest checkpoint in OUT/pretrain
     data: tuple[str, ...] = ("tasks",)      # "tasks" (built in), files of messages (.jsonl), hf:NAME@200MB
     out: Path = Path("out")          # rows and figure; metrics and checkpoints in out/sft
-    families: tuple[str, ...] = EASY      # built-in questions by family; "all" = every one of data/tasks
-    questions: int = 4000            # built-in questions to learn from, shared equally between families
+    families: tuple[str, ...] = tasks.EASY      # built-in questions by family; "all" = every one of data/tasks
+    tokens: int = 160_000            # to learn in built-in conversations, shared equally between families, whatever the length of their prompts
     levels: int = 1                  # difficulties of the built-in questions, from the easiest
-    modes: tuple[float, float, float] = (1.0, 0.5, 0.5)      # share of them worked in mode regular, medium, off, ours: Super 2 % low, 3 % off
+    modes: tuple[float, float, float] = (1.0, 0.2, 0.2)      # share of them worked in mode regular, medium, off, ours: Super 2 % low, 3 % off
     cut: float = 0.12                # share of regular traces that come again, cut at a random budget  [Super: 12 % in its budget tuning]
-    steps: tuple[int, int] = (660, 60)            # ours; Ultra 3,200 and 300 (204,800 and 19,200 packs in batches of 64)
+    steps: tuple[int, int] = (480, 40)            # ours; Ultra 3,200 and 300 (204,800 and 19,200 packs in batches of 64)
     pack: tuple[int, int] = (512, 896)            # tokens a pack, ours; Ultra 294,912 and 515,000
-    batch: tuple[int, int] = (1, 1)               # packs a step, ours; Ultra 64
-    lr: tuple[float, float] = (4e-3, 2.5e-3)      # peak, ours: a model this small bears it; Ultra 1.5e-5 and 1e-5
-    lr_min: tuple[float, float] = (2.7e-4, 5e-4)      # in Ultra's proportion to the peak: 1e-6 of 1.5e-5, 2e-6 of 1e-5
+    batch: tuple[int, int] = (2, 1)               # packs a step, ours; Ultra 64
+    lr: tuple[float, float] = (4e-3, 5e-4)        # peak, ours: a model this small bears it; Ultra 1.5e-5 and 1e-5
+    lr_min: tuple[float, float] = (2.7e-4, 1e-4)      # in Ultra's proportion to the peak: 1e-6 of 1.5e-5, 2e-6 of 1e-5
     warmup: tuple[float, float] = (9600 / 204800, 6400 / 19200)      # share of a stage's steps  [Ultra]
     pool: int = 16                   # packs open at a time, ours: the report says a fixed number
     tolerance: float = 0.02          # a pack with less than this share left is full, ours: the report says nearly full
@@ -78,6 +77,8 @@ class SFTConfig:
     aux_weight: float = 1e-4         # sequence balance loss, as in pretraining, ours
     weight_decay: float = 0.1        # as in pretraining, ours
     held_out: int = 24               # held-out questions a family that the model is scored on, in each mode
+    score_on: Literal["held_out", "validation"] = "held_out"      # "validation" while settings are being chosen, "held_out" once, at the end
+    validate_every: int = 60         # steps between looks at the loss on validation conversations; 0: never
     max_tokens: int = 96             # most tokens an answer may have
     device: Literal["cpu", "cuda", "mps"] = "cpu"
     precision: Literal["fp32", "bf16", "nvfp4"] = "fp32"
@@ -89,14 +90,16 @@ class SFTConfig:
     fresh: bool = False              # delete the checkpoints of an earlier run first
 
     def __post_init__(self):
-        for name in ("questions", "levels", "pool", "held_out", "max_tokens", "micro_batches"):
+        for name in ("tokens", "levels", "pool", "held_out", "max_tokens", "micro_batches"):
             if getattr(self, name) < 1: raise ValueError(f"{name} = {getattr(self, name)} must be at least 1.")
         known = [family.name for family in tasks.FAMILIES]      # a few of them are there with reasoning-gym only, and left out without it
         if unknown := [name for name in self.families if name not in ("all", *known)]:
             raise ValueError(f"unknown family {unknown[0]!r}: choose all, or some of {', '.join(known)}.")
+        if self.score_on not in tasks.SPLITS[1:]: raise ValueError(f"score_on = {self.score_on!r}: choose one of {', '.join(tasks.SPLITS[1:])}.")
         if not self.data: raise ValueError('data is empty: give "tasks", files of messages, or hf:NAME.')
         if min(self.pack) < 2 or self.steps[0] < 1 or self.steps[1] < 0 or min(self.batch) < 1:
             raise ValueError(f"steps {self.steps}, pack {self.pack} and batch {self.batch} must be positive; only stage 2 may have 0 steps.")
+        if not max(self.modes): raise ValueError("modes is 0 everywhere: at least one mode needs a share.")
         for name in ("modes", "cut", "warmup", "tolerance"):
             shares = np.atleast_1d(getattr(self, name))
             if shares.min() < 0 or shares.max() > 1: raise ValueError(f"{name} = {getattr(self, name)} must be shares between 0 and 1.")
@@ -119,14 +122,14 @@ class SFTConfig:
         return cosine_lr(step + 1 - s * self.steps[0], self.steps[s], round(self.warmup[s] * self.steps[s]), self.lr[s], self.lr_min[s])
 
     def training(self) -> pretrain.PretrainConfig:
-        """The settings as 05's trainer reads them: a constant rate, which SFTTrainer sets anew each step."""
+        """The settings as 05's trainer reads them; the schedule is rate()."""
         both = dict(steps=sum(self.steps), warmup=0.0, decay=0.0, branch_steps=sum(self.steps), branches=(), record=False, health_every=0)
         own = ("out", "aux_weight", "mtp_weight", "weight_decay", "device", "precision", "micro_batches", "recompute", "seed", "save_every")
         return pretrain.PretrainConfig(batch=self.micro_batches, seq=self.pack[0], **both, **{name: getattr(self, name) for name in own})
 
 
 # What may differ between a run and its continuation.
-FREE = {"out", "device", "recompute", "save_every", "held_out", "max_tokens", "resume", "fresh"}
+FREE = {"out", "device", "recompute", "save_every", "held_out", "score_on", "validate_every", "max_tokens", "resume", "fresh"}
 
 
 # %% 2 · Chat format  [Template]
@@ -178,9 +181,11 @@ def tools_text(tools: Iterable[dict]) -> str:
     return text + "\n</tools>"
 
 
+def as_text(value) -> str: return json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else str(value)
+
+
 def _call(call: dict) -> list[Piece]:
     """<tool_call>\n<function=f>\n<parameter=p>\nvalue\n</parameter>\n</function>\n</tool_call>\n     (vLLM reads it with its parser qwen3_coder)"""
-    as_text = lambda value: json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else str(value)
     arguments = "".join(f"<parameter={name}>\n{as_text(value)}\n</parameter>\n" for name, value in call["arguments"].items())
     return [(CALL, True), (f"\n<function={call['name']}>\n{arguments}</function>\n", True), (END_CALL, True), ("\n", True)]
 
@@ -205,6 +210,16 @@ def _assistant(message: dict, mode: Mode, style: Style, history: bool) -> list[P
 FOLLOWS = {"user": ("start", "assistant"), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}      # role: what may come before
 
 
+def check_call(call: dict) -> None:
+    """ValueError for a call that its own text would end early: the parser would read another one than was meant."""
+    for kind, name in (("tool", call["name"]), *(("argument", name) for name in call["arguments"])):
+        if not re.fullmatch(r"[A-Za-z_]\w*", name, re.A): raise ValueError(f"{name!r} is no name of a {kind}: use letters, digits and _.")
+    for name, value in call["arguments"].items():
+        text = as_text(value)
+        if "</tool_call>" in text or f"{text}\n</parameter>\n".index("\n</parameter>\n") < len(text):
+            raise ValueError(f"argument {name} of {call['name']} holds a tag that would end the call early: leave this conversation out.")
+
+
 def check_messages(messages: list[dict], generation_prompt: bool = False) -> None:
     """ValueError, in one sentence, for what is no conversation."""
     rest = messages[1:] if messages and messages[0].get("role") == "system" else messages
@@ -217,6 +232,10 @@ def check_messages(messages: list[dict], generation_prompt: bool = False) -> Non
         if before not in FOLLOWS[role]: raise ValueError(f"message {i} is from {role} behind {before}: it must follow {' or '.join(FOLLOWS[role])}.")
         if role == "tool" and before == "assistant" and not rest[i - 1].get("tool_calls"):
             raise ValueError(f"message {i} is a tool's response, and the assistant before it called no tool.")
+        content = message.get("content")
+        if not isinstance(content, str) and (role != "assistant" or content is not None):
+            raise ValueError(f"message {i} from {role} has no text as content.")
+        for call in message.get("tool_calls") or (): check_call(call)
         before = role
     if generation_prompt == (before == "assistant"):
         wanted = "the assistant's turn is there already: leave generation_prompt out" if generation_prompt else \
@@ -274,7 +293,7 @@ def render_chat(messages: list[dict], mode: Mode = "regular", style: Style = "ul
 
 
 # %% 3 · Conversations  [Ultra, SFT data]
-# Every built-in question (data/tasks) is worked by a program, at full and at medium length, and comes in one to three modes; some regular traces
+# Every built-in question (data/tasks) is worked by a program, at full and at medium length, and comes in up to three modes; some regular traces
 # come again, cut at a random number of tokens with the answer kept, because a client that closes the trace at a budget leaves the model just
 # there. Tools in them are run. Files and hub sets bring messages of their own, in OpenAI's form.
 
@@ -312,30 +331,35 @@ def thought_of(messages: list[dict]) -> list[dict]:
     return [dict(m, reasoning=m["tool_calls"][0]["name"]) if m.get("tool_calls") and not (m.get("reasoning") or "").strip() else m for m in messages]
 
 
-def draw_at_most(family: str, level: int, n: int, seed: int, split: str) -> list[tasks.Task]:
-    """n questions, or as many as are easily found where a family has fewer."""
-    while n:
-        try: return tasks.draw(family, level, n, seed, split)
-        except ValueError: n //= 2
-    return []
+def conversations_of(task: tasks.Task, domain: str, config: SFTConfig, tokenizer: Tokenizer, rng: random.Random) -> Iterator[Conversation]:
+    """One question in the modes that are drawn for it, and perhaps once more with its trace cut."""
+    environment = tasks.ENVIRONMENTS[task.family]
+    full = opening(task) + thought_of(environment.worked(task, "regular", rng))
+    brief = opening(task) + thought_of(environment.worked(task, "medium", rng))
+    for mode, messages, share in zip(MODES, (full, brief, full), config.modes):
+        if rng.random() < share: yield Conversation(domain, messages, mode, task.tools)
+    if rng.random() < config.cut and (short := cut_at_budget(full, tokenizer, rng)):
+        yield Conversation(domain, short, "regular", task.tools, cut=True)
 
 
-def task_conversations(config: SFTConfig, tokenizer: Tokenizer) -> Iterator[Conversation]:
-    """Worked built-in questions of the training split, the same for the same settings."""
+SHORTEST = 8      # tokens to learn: hardly a question has fewer in regular mode, so that a budget says how many questions are enough
+
+
+def task_conversations(config: SFTConfig, tokenizer: Tokenizer, split: str = "train") -> Iterator[Conversation]:
+    """Worked built-in questions of one side of the split, the same for the same settings. Families that have few come again and again."""
     families = [(domain, family) for domain, names in config.by_domain.items() for family in names]
     for domain, family in families:
         environment = tasks.ENVIRONMENTS[family]
         levels = min(config.levels, environment.levels)
-        each = -(-config.questions // (len(families) * levels))
         rng = random.Random(f"{config.seed} {family}")
         for level in range(levels):
-            for task in draw_at_most(family, level, each, config.seed, "train"):
-                full = opening(task) + thought_of(environment.worked(task, "regular", rng))
-                brief = opening(task) + thought_of(environment.worked(task, "medium", rng))
-                for mode, messages, share in zip(MODES, (full, brief, full), config.modes):
-                    if rng.random() < share: yield Conversation(domain, messages, mode, task.tools)
-                if rng.random() < config.cut and (short := cut_at_budget(full, tokenizer, rng)):
-                    yield Conversation(domain, short, "regular", task.tools, cut=True)
+            left = config.tokens / (len(families) * levels)
+            drawn = tasks.draw(family, level, int(left / SHORTEST) + 1, config.seed, split, at_most=True)
+            for task in itertools.cycle(drawn) if split == "train" else drawn:
+                for talk in conversations_of(task, domain, config, tokenizer, rng):
+                    left -= sum(render_chat(talk.messages, talk.mode, tokenizer=tokenizer, tools=talk.tools)[1])
+                    if left >= 0: yield talk
+                if left < 0: break
 
 
 def from_openai(message: dict) -> dict:
@@ -411,18 +435,22 @@ def round_robin(lists: Iterable[list]) -> list:
     return out
 
 
-def build_samples(config: SFTConfig, tokenizer: Tokenizer) -> list[Sample]:
-    """All conversations as ids, the sources interleaved round-robin  [Ultra]; those that no pack could hold are left out, and counted."""
+def build_samples(config: SFTConfig, tokenizer: Tokenizer, split: str = "train") -> list[Sample]:
+    """All conversations as ids, the sources interleaved round-robin  [Ultra]; those that no pack could hold are left out, and counted.
+
+    split "validation": those that no model learns from; of files and hub sets one prompt in fifty, by a hash of it.
+    """
     groups: dict[str, list[Sample]] = {}
     too_long = 0
     for entry in config.data:
-        for talk in task_conversations(config, tokenizer) if entry == "tasks" else read_conversations(entry):
+        for talk in task_conversations(config, tokenizer, split) if entry == "tasks" else read_conversations(entry):
+            if entry != "tasks" and corpus.is_held_out(talk.prompt) != (split == "validation"): continue
             ids, learn = render_chat(talk.messages, talk.mode, tokenizer=tokenizer, tools=talk.tools)
             if len(ids) > min(config.pack): too_long += 1; continue
             kind = "cut" if talk.cut else talk.mode
             groups.setdefault(talk.source, []).append(Sample(np.array(ids), np.array(learn), talk.prompt, talk.source, kind))
     if too_long: print(f"{too_long:,} conversations are longer than a pack of {min(config.pack):,} tokens and were left out")
-    if not groups: raise ValueError(f"no conversation fits a pack of {min(config.pack)} tokens: raise --pack, or give more data.")
+    if not groups and split == "train": raise ValueError(f"no conversation fits a pack of {min(config.pack)} tokens: raise --pack or give more data.")
     rng = random.Random(config.seed)
     for group in groups.values(): rng.shuffle(group)
     return round_robin(groups.values())
@@ -529,17 +557,6 @@ def depth_weights(mask_bt: Tensor, doc_bt: Tensor, normalize: Normalize, depths:
     return out
 
 
-def weighted_cross_entropy(h_rd: Tensor, weight_vd: Tensor, labels_r: Tensor, w_r: Tensor, chunk: int = 512) -> Tensor:
-    """sum over rows of w · -log softmax(h · weightᵀ)[label]. Rows of weight 0, two of three here, take no part in the large product.
-
-    NOTE: 04's function multiplies each row's loss and gradient with its mask and divides by the mask's sum; weights do as well as a mask.
-    """
-    rows = w_r.nonzero()[:, 0]
-    w = w_r[rows].to(torch.promote_types(h_rd.dtype, torch.float32))
-    if not torch.is_grad_enabled(): h_rd, weight_vd = h_rd.detach(), weight_vd.detach()
-    return nemotron._LinearCrossEntropy.apply(h_rd[rows], weight_vd, labels_r[rows], w, chunk) * w.sum().clamp(min=1)
-
-
 def sft_loss(model: nemotron.Nemotron, ids_bt: Tensor, labels_bt: Tensor, doc_bt: Tensor | None = None, mask_bt: Tensor | None = None,
              normalize: Normalize = "token", mtp_weight: float = 0.1, aux_weight: float = 1e-4, totals_k: Tensor | None = None) -> nemotron.Losses:
     """Training loss of packs; labels_bt[t] is the token after ids_bt[t], mask_bt (default: labels >= 0) says which labels are learnt.
@@ -549,23 +566,9 @@ def sft_loss(model: nemotron.Nemotron, ids_bt: Tensor, labels_bt: Tensor, doc_bt
     """
     if mtp_weight and not hasattr(model, "mtp"): raise ValueError("the model has no MTP weights: use mtp_weight = 0, or another checkpoint.")
     doc_bt = torch.zeros_like(ids_bt) if doc_bt is None else doc_bt
-    mask_bt = (labels_bt >= 0 if mask_bt is None else mask_bt.bool() & (labels_bt >= 0)) & (doc_bt >= 0)
-    w_kbt = depth_weights(mask_bt, doc_bt, normalize, model.config.mtp_depths if mtp_weight else 0)
-    totals_k = torch.stack([w_bt.sum() for w_bt in w_kbt]).clamp(min=1) if totals_k is None else totals_k
-    h_btd, balances = model.trunk(ids_bt, doc_bt)
-    losses, head, visible = [], [], model.visible(doc_bt, *ids_bt.shape)
-    for depth, (w_bt, total) in enumerate(zip(w_kbt, totals_k)):
-        if depth:
-            ids_bt, labels_bt = nemotron.roll_document(ids_bt, doc_bt), nemotron.roll_document(labels_bt, doc_bt)
-            h_btd, balance = model.mtp(model.backbone.embeddings(ids_bt), h_btd, doc_bt, visible, run=model.run)
-            if balance is not None: head.append(balance)
-        losses.append(weighted_cross_entropy(h_btd.flatten(0, 1), model.lm_head.weight, labels_bt.flatten(), w_bt.flatten()) / total)
-
-    main, *mtp_k = losses
-    loads = [b.load_e for b in balances] + ([sum(b.load_e for b in head)] if head else [])
-    aux = sum((b.aux for b in [*balances, *head]), start=main.new_zeros(()))
-    total = main + (aux_weight * aux if aux_weight else 0.0) + mtp_weight * sum(mtp_k)
-    return nemotron.Losses(total, main, mtp_k, aux, torch.stack(loads) if loads else ids_bt.new_zeros(0, model.config.experts))
+    # stage 04 shares the weight out between the depths
+    return nemotron.loss(model, ids_bt, labels_bt, doc_bt, mask_bt, mtp_weight * model.config.mtp_depths, aux_weight,
+                         partial(token_weights, normalize=normalize), totals_k)
 
 
 # %% 6 · Schedule and trainer  [Ultra, SFT; Megatron, optimizer_param_scheduler]
@@ -580,20 +583,29 @@ def cosine_lr(n: int, total: int, warmup: int, peak: float, low: float) -> float
 
 
 class SFTTrainer(pretrain.Trainer):
-    """05's trainer with this stage's loss and rates."""
+    """05's trainer with this stage's loss and rates; `validation`: packs that it looks at now and then, and learns nothing from."""
     def __init__(self, config: pretrain.PretrainConfig, model: nemotron.Nemotron, batches: Callable[[int], Batch], home: Path, sft: SFTConfig,
-                 **kwargs):
-        self.sft = sft
+                 validation: Batch | None = None, **kwargs):
+        self.sft, self.validation = sft, validation
         if sft.mtp_weight and not hasattr(model, "mtp"):
             raise ValueError("the checkpoint has no MTP weights: train with --mtp-weight 0, or start from one that has.")
-        super().__init__(config, model, batches, home, objective=self.piece_loss, **kwargs)
+        super().__init__(config, model, batches, home, objective=self.piece_loss, schedule=sft.rate, **kwargs)
 
     @property
     def normalize(self) -> Normalize: return get_args(Normalize)[self.sft.stage(self.step)]
 
     def train_step(self) -> dict:
-        self.config = replace(self.config, lr=self.sft.rate(self.step))      # constant for one step: wsd_lr without warmup and decay
-        return super().train_step()
+        row, every = super().train_step(), self.sft.validate_every
+        if self.validation is not None and every and self.step % every == 0: row["validation"] = self.validation_loss()
+        return row
+
+    @torch.no_grad()
+    def validation_loss(self) -> float:
+        """Mean loss of the tokens to learn; the row of metrics keeps it, so that a plateau can be seen."""
+        self.model.eval()
+        with self.autocast(): mean = sft_loss(self.model, *self.validation.to(self.config.device), mtp_weight=0.0, aux_weight=0.0).main.item()
+        self.model.train()
+        return mean
 
     def compute_step(self, *batch: Tensor) -> None:
         # the trainer averages over the pieces of a batch; a piece divides by its share of the whole batch's weights, not by its own weights
@@ -651,14 +663,14 @@ def wilson(hits: float, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def evaluate(model: nemotron.Nemotron, tokenizer: Tokenizer, config: SFTConfig) -> tuple[list[dict], dict[str, list]]:
-    """(a row per family and mode, one example (task, answer) per mode) on held-out questions of all families."""
+    """(a row per family and mode, examples (task, answer) per mode) on questions of config.score_on."""
     rows, examples = [], {}
     for domain, families in config.by_domain.items():
         questions = {family: [] for family in families}
         for family in families:
             levels = min(config.levels, tasks.ENVIRONMENTS[family].levels)
             for level in range(levels):
-                questions[family] += draw_at_most(family, level, -(-config.held_out // levels), config.seed, "held_out")
+                questions[family] += tasks.draw(family, level, -(-config.held_out // levels), config.seed, config.score_on, at_most=True)
         batch = [task for group in questions.values() for task in group]
         if not batch: continue
         for mode in MODES:
@@ -701,13 +713,13 @@ def print_data(samples: list[Sample], packs: Packs, config: SFTConfig) -> None:
               f"would fill {padded:.1%}.   {config.steps[stage]} steps of {config.batch[stage]} packs: {read / len(packs.packs[stage]):.2f} epochs")
 
 
-def print_scores(rows: list[dict]) -> None:
+def print_scores(rows: list[dict], split: str = "held_out") -> None:
     """Accuracy by family, then everything by domain and mode."""
     share = lambda x: f"{x:.0%}"
     by = pooled(rows, "family", "mode")
     table = [[family, by[family, MODES[0]]["n"], share(by[family, MODES[0]]["constant"]), *(share(by[family, mode]["accuracy"]) for mode in MODES)]
              for family in dict.fromkeys(row["family"] for row in rows)]
-    nvfp4.print_table("held-out questions answered exactly, by family", ["family", "questions", "best constant", *MODES], table)
+    nvfp4.print_table(f"{split.replace('_', '-')} questions answered exactly, by family", ["family", "questions", "best constant", *MODES], table)
     everything = pooled(rows, "domain", "mode") | {("all", mode): x for (mode,), x in pooled(rows, "mode").items()}
     table = [[f"{domain}, {mode}", x["n"], share(x["constant"]), share(x["accuracy"]), "{:.0%} to {:.0%}".format(*x["interval"]),
               f"{x['tokens']:.1f}", share(x["errors"]), share(x["cut"])] for (domain, mode), x in everything.items()]
@@ -740,6 +752,9 @@ def plot(rows: list[dict], metrics: list[dict], config: SFTConfig, path: Path) -
         width = max(len(mine) // 24, 1)
         smooth = [float(np.mean([r["loss"] for r in mine[max(0, i - width + 1):i + 1]])) for i in range(len(mine))]
         right.plot([r["step"] for r in mine], smooth, color=colour, linewidth=1.8, label=f"stage {stage + 1}, per {get_args(Normalize)[stage]}")
+    looks = [row for row in metrics if "validation" in row]
+    if looks:
+        right.plot([r["step"] for r in looks], [r["validation"] for r in looks], "o-", color="0.15", markersize=3, linewidth=1.2, label="validation")
     right.set(xlabel="step", ylabel="loss on what the assistant writes (nats)", title="Loss by stage, thick: running mean", ylim=(0, None))
     right.legend(frameon=False, fontsize=9)
     nvfp4.save_figure(fig, path)
@@ -761,10 +776,20 @@ def same_run(config: SFTConfig, base: Path, samples: list[Sample]) -> dict:
     return json.loads(json.dumps(dict(kept, base=str(base), text=data), default=str))
 
 
+VALIDATION_PACKS = 8      # ours: packs of stage 1's length that the validation loss is a mean over, at most
+
+
+def validation_batch(config: SFTConfig, tokenizer: Tokenizer) -> Batch | None:
+    """Conversations that nothing learns from, in packs; None when there are none."""
+    samples = build_samples(config, tokenizer, "validation")
+    packs = pack_best_fit([len(s.ids) for s in samples], config.pack[0], [s.prompt for s in samples], config.pool, config.tolerance, config.seed)
+    return pack_batch([[samples[i] for i in pack] for pack in packs[:VALIDATION_PACKS]], config.pack[0]) if packs else None
+
+
 def start(config: SFTConfig, base: Path, tokenizer: Tokenizer, samples: list[Sample], packs: Packs) -> SFTTrainer:
     """The trainer of a new run, or of the one that --resume finds. ValueError when an earlier run would be overwritten unasked."""
     home, log, about = config.home, config.home / "metrics.jsonl", config.home / "sft.json"
-    shared = dict(sft=config, tokenizer=tokenizer, data_hash=str(base))
+    shared = dict(sft=config, tokenizer=tokenizer, data_hash=str(base), validation=validation_batch(config, tokenizer))
     if config.resume:
         folder, was, now = pretrain.newest_checkpoint(home), json.loads(about.read_text()), same_run(config, base, samples)
         for key in now:
@@ -814,14 +839,15 @@ def main(config: SFTConfig) -> None:
         sys.exit(130)
     trained = time.perf_counter() - began
     rows, examples = evaluate(trainer.model, tokenizer, config)
-    print_scores(rows)
+    print_scores(rows, config.score_on)
     show_examples(examples)
     plot(rows, trainer.rows, config, Path(config.out) / "06_sft.png")
     tidy = lambda scores: {" ".join(key): {name: [round(x, 4) for x in v] if isinstance(v, tuple) else round(v, 4) for name, v in score.items()}
                            for key, score in scores.items()}
     last = {f"loss_{name}": round(float(np.mean([r["loss"] for r in trainer.rows if config.stage(r["step"] - 1) == s][-10:])), 4)
             for s, name in enumerate(get_args(Normalize)) if config.steps[s]}
-    nvfp4.write_row(config.out, "06_sft", base=str(base), seed=config.seed, steps=list(config.steps), conversations=len(samples), **last,
+    nvfp4.write_row(config.out, "06_sft", base=str(base), seed=config.seed, scored_on=config.score_on, steps=list(config.steps),
+                    conversations=len(samples), **last, validation=[round(row["validation"], 4) for row in trainer.rows if "validation" in row],
                     filled=[round(used[0], 4) for used in packs.used], padded=round(packs.used[0][1], 4), all=tidy(pooled(rows, "mode")),
                     domains=tidy(pooled(rows, "domain", "mode")), families=tidy(pooled(rows, "family", "mode")), threads=torch.get_num_threads(),
                     train_seconds=round(trained, 1), seconds=round(time.perf_counter() - began, 1))

@@ -5,7 +5,7 @@ Besides the table, `--data` takes local files (path/*.txt, *.jsonl, *.parquet; t
 hub, streamed in their own order: `hf:NAME@200MB` reads documents until the next one would make more than 200 MB of text (KB, MB, GB), and
 downloads little more; `hf:NAME@CONFIG@200MB` those of one configuration; without an amount the whole set is read.
 
-Run:      python data/corpus.py               # 2 s: a few documents of each built-in source
+Run:      python -m data.corpus               # 2 s: a few documents of each built-in source
 Contents: 1 Python's own text   2 questions with worked steps   3 stories   4 facts   5 files and the hub   6 sources   7 split and build
 Licences: the standard library and its topics are PSF-2.0 and are read from the installation of whoever runs this; tasks are drawn by
           reasoning-gym (Apache-2.0); stories and facts are written by the functions below. None of the text is shipped here.
@@ -65,116 +65,27 @@ def pydoc_topics(seed: int) -> Iterator[str]:
 
 
 # %% 2 · Questions with worked steps
-# reasoning-gym draws the numbers and knows the answer; the steps are written here, in a terse form, because a small model can only learn to
-# compute what it is shown step by step. TASKS: name -> (draws a round, reasoning-gym settings, function of the metadata -> question, steps).
+# The easy families of data/tasks at level 0, as plain text. A small model can only learn to compute what it is shown step by step, and what is
+# fine-tuned and scored later on is learnt faster by a base that has read it: Ultra's blend too holds synthetic questions and answers  [Ultra].
+# NOTE: questions of the training split only. What is held out there, or set aside to choose settings on, is in no text.
 
-def _sum_steps(a: int, sign: str, b: int) -> str:
-    """27 + 48 -> "20 + 40 = 60, 7 + 8 = 15, 60 + 15 = 75";  one-digit sums and differences are known by heart."""
-    total = a + b if sign == "+" else a - b
-    if sign == "-" or a < 10 or b < 10: return f"{a} {sign} {b} = {total}"
-    tens, ones = a // 10 * 10 + b // 10 * 10, a % 10 + b % 10
-    return f"{a // 10 * 10} + {b // 10 * 10} = {tens}, {a % 10} + {b % 10} = {ones}, {tens} + {ones} = {total}"
+def worked_tasks(seed: int, families: tuple[str, ...] = ()) -> Iterator[str]:
+    """Question, steps, answer, families in turn, without end; what a tool said stands behind its call.
 
+    Q: 27 + 48 = ?\\nA: 20 + 40 = 60, 7 + 8 = 15, 60 + 15 = 75. The answer is 75.
+    Q: price of one red kite?\\nA: need red kite price, lookup(red kite price) 45, red kite price = 45. The answer is 45.
+    """
+    from data import tasks  # here, because some families borrow this module's words
 
-def _chain(meta: dict) -> tuple[str, str]:
-    terms = meta["expression"].split()
-    total, steps = int(terms[0]), []
-    for sign, term in zip(terms[1::2], terms[2::2]):
-        steps.append(_sum_steps(total, sign, int(term)))
-        total = total + int(term) if sign == "+" else total - int(term)
-    return f"{meta['expression']} = ?", ", ".join(steps)
-
-
-def _product(meta: dict) -> tuple[str, str]:
-    a, b = (int(x) for x in meta["expression"].split(" * "))
-    tens, ones = a // 10 * 10, a % 10
-    if not tens or not ones: return f"{a} * {b} = ?", f"{a} * {b} = {a * b}"
-    return f"{a} * {b} = ?", f"{tens} * {b} = {tens * b}, {ones} * {b} = {ones * b}, {tens * b} + {ones * b} = {a * b}"
-
-
-def _gcd(meta: dict) -> tuple[str, str]:
-    a, b = meta["numbers"]
-    question, steps = f"gcd of {a} and {b}?", []
-    while b:
-        steps.append(f"{a} mod {b} = {a % b}")
-        a, b = b, a % b
-    return question, ", ".join([*steps, f"gcd = {a}"])
-
-
-def _lcm(meta: dict) -> tuple[str, str]:
-    a, b = max(meta["numbers"]), min(meta["numbers"])
-    multiples = [a]
-    while multiples[-1] % b: multiples.append(multiples[-1] + a)
-    first, second = meta["numbers"]
-    return f"lcm of {first} and {second}?", f"{', '.join(map(str, multiples))}: first multiple of {b} = {multiples[-1]}"
-
-
-def _bits(meta: dict) -> tuple[str, str]:
-    binary = f"{meta['number']:b}"
-    return f"how many 1 bits in {meta['number']}?", f"{meta['number']} is {binary} in binary, ones = {binary.count('1')}"
-
-
-def _legs(meta: dict) -> tuple[str, str]:
-    from reasoning_gym.arithmetic.leg_counting import ANIMALS as LEGS
-    herd = meta["animals"]
-    steps = [f"{n} {name}: {n} * {LEGS[name]} = {n * LEGS[name]}" for name, n in herd.items()]
-    question = "how many legs: " + ", ".join(f"{n} {name}" for name, n in herd.items()) + "?"
-    return question, ", ".join([*steps, f"legs = {sum(n * LEGS[name] for name, n in herd.items())}"])
-
-
-def _backward(meta: dict) -> tuple[str, str]:
-    word = meta["word"]
-    return f"spell backward: {word}", f"{' '.join(word)}, {' '.join(word[::-1])} = {word[::-1]}"
-
-
-# ours: the easiest settings, and short sums oftenest: a run of minutes must show each of them some twenty times before they are known by heart
-TASKS: dict[str, tuple[int, dict, Callable[[dict], tuple[str, str]]]] = {
-    "basic_arithmetic": (4, dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1, operators=["+", "-"], allow_parentheses=False,
-                                 allow_negation=False), _chain),
-    "chain_sum": (2, dict(min_terms=2, max_terms=2, min_digits=1, max_digits=2), _chain),
-    "products": (1, dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1), _product),
-    "gcd": (1, dict(min_numbers=2, max_numbers=2, min_value=1, max_value=20), _gcd),
-    "lcm": (1, dict(min_numbers=2, max_numbers=2, min_value=1, max_value=9), _lcm),
-    "count_bits": (1, dict(min_n=1, max_n=63), _bits),
-    "leg_counting": (1, dict(min_animals=1, max_animals=2, min_instances=1, max_instances=4), _legs),
-    "spell_backward": (1, dict(min_word_len=3, max_word_len=4), _backward),
-}
-
-
-def fallback_tasks(rng: random.Random) -> Iterator[tuple[str, dict, str]]:
-    """Four tasks without reasoning-gym, with metadata of the same form: (task, metadata, answer), without end."""
-    words = [word for word in [*THINGS, *(kind for kind, *_ in ANIMALS)] if len(word) <= 5]
+    rng = random.Random(seed)
     while True:
-        top = rng.choice((9, 99))
-        a, b, sign = rng.randint(1, top), rng.randint(1, top), rng.choice("+-")
-        yield "chain_sum", {"expression": f"{a} {sign} {b}"}, str(a + b if sign == "+" else a - b)
-        yield "products", {"expression": f"{a} * {b}"}, str(a * b)
-        c, d = rng.randint(1, 60), rng.randint(1, 60)
-        yield "gcd", {"numbers": [c, d]}, str(next(n for n in range(min(c, d), 0, -1) if c % n == d % n == 0))
-        word = rng.choice(words)
-        yield "spell_backward", {"word": word}, word[::-1]
-
-
-def gym_tasks(seed: int, rounds: int = 5000) -> Iterator[tuple[str, dict, str]]:
-    """(task, metadata, answer) drawn by reasoning-gym, in rounds over all tasks."""
-    import reasoning_gym
-    sets = {name: reasoning_gym.create_dataset(name, seed=seed, size=rounds * draws, **settings) for name, (draws, settings, _) in TASKS.items()}
-    for i in range(rounds):
-        for name, items in sets.items():
-            draws = TASKS[name][0]
-            for item in (items[k] for k in range(i * draws, (i + 1) * draws)): yield name, item["metadata"], item["answer"]
-
-
-def worked_tasks(seed: int) -> Iterator[str]:
-    """Question, steps, answer:   Q: 27 + 48 = ?\\nA: 20 + 40 = 60, 7 + 8 = 15, 60 + 15 = 75. The answer is 75."""
-    try:
-        import reasoning_gym  # noqa: F401  (optional: its absence selects the four tasks above)
-        drawn = gym_tasks(seed)
-    except ImportError:
-        drawn = fallback_tasks(random.Random(seed))
-    for name, meta, answer in drawn:
-        question, steps = TASKS[name][2](meta)
-        yield f"Q: {question}\nA: {steps}. The answer is {answer}.\n"
+        for environment in (tasks.ENVIRONMENTS[name] for name in families or tasks.EASY):
+            task = environment.sample(0, rng)
+            while tasks.split_of(task) != "train": task = environment.sample(0, rng)
+            *turns, last = environment.worked(task, "regular", rng)
+            steps = [step for message, response in zip(turns[::2], turns[1::2]) for call in message["tool_calls"]
+                     for step in (message["reasoning"], f"{call['name']}({', '.join(call['arguments'].values())}) {response['content']}")]
+            yield f"Q: {task.prompt}\nA: {', '.join(filter(None, [*steps, last['reasoning']]))}. The answer is {last['content']}.\n"
 
 
 # %% 3 · Stories
@@ -454,10 +365,10 @@ class Source:
 
 # ours: Ultra blends 19 categories; its second phase prefers quality. Here the second phase prefers what a model of 3M parameters can master.
 SOURCES: dict[str, Source] = {
-    "stdlib":  Source(stdlib_code, 4.0, 0.30, 0.20, "functions and classes of the Python standard library"),
+    "stdlib":  Source(stdlib_code, 4.0, 0.25, 0.15, "functions and classes of the Python standard library"),
     "pydoc":   Source(pydoc_topics, 1.0, 0.05, 0.05, "the Python language reference"),
-    "tasks":   Source(worked_tasks, 2.5, 0.30, 0.30, "arithmetic and word questions with worked steps"),
-    "stories": Source(stories_and_facts, 2.5, 0.35, 0.45, "stories and facts from the generator in data/corpus.py"),
+    "tasks":   Source(worked_tasks, 2.5, 0.35, 0.45, "questions of data/tasks with worked steps"),
+    "stories": Source(stories_and_facts, 2.5, 0.35, 0.35, "stories and facts from the generator in data/corpus.py"),
 }
 FILE_MEGABYTES = 1000.0      # ours: at most this much of the files is taken
 
@@ -497,11 +408,13 @@ def is_held_out(document: str, share: float = HELD_OUT) -> bool:
 def build(data: tuple[str, ...] = (), folder: Path = Path("out/data"), seed: int = 0) -> Path:
     """Write the documents of every source to folder/corpus-KEY/NAME.{train,held_out}.jsonl and return that folder; a second call finds it there.
 
-    KEY is a hash of what the text depends on: sources, seed, this file, the Python version. corpus.json records counts and a sha256 of each part.
+    KEY is a hash of what the text depends on: sources, seed, this file and data/tasks, the Python version. corpus.json records counts and a sha256
+    of each part.
     """
     sources = resolve(tuple(data))
+    code = b"".join(path.read_bytes() for path in [Path(__file__), *sorted(Path(__file__).parent.glob("tasks/*.py"))])
     depends = dict(sources={name: identity for name, (_, _, identity) in sources.items()}, seed=seed, python=platform.python_version(),
-                   code=hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), tasks=_version("reasoning-gym"))
+                   code=hashlib.sha256(code).hexdigest(), tasks=_version("reasoning-gym"))
     home = Path(folder) / f"corpus-{hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:12]}"
     if (home / "corpus.json").exists(): return home
 

@@ -14,7 +14,7 @@ from functools import cache
 from random import Random
 from typing import NamedTuple
 
-HELD_OUT = 0.2      # ours: one prompt in five is held out
+HELD_OUT, VALIDATION = 0.2, 0.1      # ours: one prompt in five is held out, one in ten is there to choose settings on
 GYM = importlib.util.find_spec("reasoning_gym") is not None
 
 
@@ -89,9 +89,9 @@ def parse_completion(text: str, thinking: bool = True) -> Parsed:
 
 
 def split_of(task: Task) -> str:
-    """"train" or "held_out", by content alone: the same question falls on the same side at every level and seed."""
-    digest = hashlib.sha256(f"{task.family}\n{task.prompt}".encode()).digest()
-    return "held_out" if int.from_bytes(digest[:8], "big") < HELD_OUT * 2**64 else "train"
+    """"train", "validation" or "held_out", by content alone: the same question falls on the same side at every level and seed."""
+    share = int.from_bytes(hashlib.sha256(f"{task.family}\n{task.prompt}".encode()).digest()[:8], "big") / 2**64
+    return "held_out" if share < HELD_OUT else "validation" if share < HELD_OUT + VALIDATION else "train"
 
 
 class Environment:

@@ -74,14 +74,14 @@ def _edges(meta: dict) -> str:
 
 
 def calendar_arithmetic(meta: dict, regular: bool, rng: Random) -> str:
-    """Friday + 17 days -> 17 - 14 = 3, 1 Saturday, 2 Sunday, 3 Monday;   medium: 17 mod 7 = 3"""
+    """Friday + 17 days -> 17 - 14 = 3, 0 Friday, 1 Saturday, 2 Sunday, 3 Monday;   medium: 17 mod 7 = 3"""
     left, day, way, steps = abs(meta["offset_days"]), date.fromisoformat(meta["start_date"]).weekday(), 1 if meta["offset_days"] > 0 else -1, []
     if not regular: return f"{left} mod 7 = {left % 7}"
     for weeks in (100, 10, 1):
         taken = left // (7 * weeks) * 7 * weeks
         if taken: steps.append(f"{left} - {taken} = {left - taken}")
         left -= taken
-    return ", ".join([*steps, *(f"{k} {DAYS[(day + way * k) % 7]}" for k in range(0 if not left else 1, left + 1))])
+    return ", ".join([*steps, *(f"{k} {DAYS[(day + way * k) % 7]}" for k in range(left + 1))])
 
 
 def _weekday(meta: dict) -> str:
