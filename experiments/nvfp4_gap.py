@@ -2,19 +2,21 @@
 
 A pair shares start, data and schedule; only the precision differs. Its gap is (loss in 4 bits - loss) / loss, paired by seed, with Student's t
 interval over seeds. Three measures follow the reports: the gap along a whole run [NVFP4, results], branches that leave 4 bits at 25, 50 and 80 %
-of the run, as Ultra's did at 5T, 10T and 16T of 20T tokens [Ultra, health check of NVFP4], and held-out text. The ablations are short runs with
-their own short references. NVFP4's products are emulated exactly (stage 01), so the losses are those of 4 bits and the speed is not.
+of the run, as Ultra's did at 5T, 10T and 16T of 20T tokens [Ultra, health check of NVFP4], and held-out text. Ablations are branches too: the whole
+recipe, and the recipe with one ingredient taken away, go on from one checkpoint of the bf16 run, since runs that start anew are further apart by
+seed than by recipe. NVFP4's products are emulated exactly (stage 01), so the losses are those of 4 bits and the speed is not.
 
 Run:     python experiments/nvfp4_gap.py --seeds 0 --minutes 8       # as much of the pair as fits; the same command again goes on
-         python experiments/nvfp4_gap.py --seeds 0 --minutes 8 --runs ablations     # or single ones: --runs nvfp4-short mxfp4
+         python experiments/nvfp4_gap.py --seeds 0 --minutes 8 --runs ablations     # or single ones: --runs whole-recipe mxfp4
          python experiments/nvfp4_gap.py --report --device cuda --out experiments --figure experiments/nvfp4_gap.png     # table, rows, figure
          python experiments/nvfp4_gap.py --preset tiny --megabytes 8 --seeds 0 1 2     # a CPU's version of it: the machinery, no result
-Needs:   a GPU like one H200 for preset `gap`: a pair of 3,072 steps of 65,536 tokens (201M), 6 epochs at most of 100 MB of text or more.
+Needs:   a GPU like one H200 for preset `gap`: a pair of 3,072 steps of 65,536 tokens (201M), 6 epochs at most of 100 MB of text or more; ablations
+         alone train the first 960 of bf16 and 832 of NVFP4, from where a pair goes on, and 6 × 192. A seed keeps up to seven checkpoints in --home.
          matplotlib draws the figure; rustbpe, tiktoken and tyro must be there as well
 Text:    the Python sources installed with the interpreter, each file under its own package's licence; they are read here and not passed on.
          A held-out piece may come from a file whose other pieces were trained on: it serves to compare, not to judge a model.
-Rows:    a finished run leaves one row with its loss in a hundred parts of the run, so that machines need to hand back rows only:
-         add them to a file that --rows names. The report adds one row a measure.
+Rows:    a finished run leaves one row with its loss in a hundred parts of the run, a branch one with its gap, so that machines need to hand back
+         rows only: add them to a file that --rows names. The report adds one row a measure.
 Sources: [Ultra] Nemotron 3 Ultra report, arXiv 2606.15007 · [NVFP4] Pretraining LLMs with NVFP4, arXiv 2509.25149
          [DeepSeek] DeepSeek LLM, arXiv 2401.02954: learning rate and batch from compute
 """
@@ -61,33 +63,31 @@ RECIPE = nvfp4.NVFP4Recipe()
 class Run:
     """One training: its precision, and what it does differently from Ultra's recipe."""
     precision: Literal["fp32", "bf16", "nvfp4"]
-    short: bool = True                       # ablations and their references
     recipe: nvfp4.NVFP4Recipe = RECIPE
     last_layers_high: bool = True            # False: the last 15 % of layers train in 4 bits as well
-    switch: float | None = None              # share of the steps after which the forward pass leaves 4 bits
-    label: str = "whole recipe"              # in the figure
+    label: str = ""                          # in table and figure
     published: str = ""                      # what [NVFP4] says; it gives its ablations' deltas in a plot only
 
 
 RAISES = "raises the loss (12B)"
-RUNS = {
-    **{p: Run(p, short=False) for p in ("fp32", "bf16", "nvfp4")},
-    **{f"{p}-short": Run(p) for p in ("fp32", "bf16", "nvfp4")},
-    "no-stochastic-rounding": Run("nvfp4", recipe=replace(RECIPE, stochastic_gradients=False), label="no stochastic rounding", published=RAISES),
-    "no-rht": Run("nvfp4", recipe=replace(RECIPE, rht=False), label="no Hadamard transform", published=RAISES),
-    "weight-rows": Run("nvfp4", recipe=replace(RECIPE, weight_tiles=False), label="weights in rows, not tiles", published=RAISES),
+LEAVES, SWITCH = "high-precision", "late-forward-switch"      # an NVFP4 run's branches: all of it leaves 4 bits, or the forward pass
+TRUNKS = {precision: Run(precision) for precision in ("fp32", "bf16", "nvfp4")}     # from the random start; what follows are branches of them
+ABLATIONS = {
+    "whole-recipe": Run("nvfp4", label="whole recipe"),
+    "no-stochastic-rounding": Run("nvfp4", replace(RECIPE, stochastic_gradients=False), label="no stochastic rounding", published=RAISES),
+    "no-rht": Run("nvfp4", replace(RECIPE, rht=False), label="no Hadamard transform", published=RAISES),
+    "weight-rows": Run("nvfp4", replace(RECIPE, weight_tiles=False), label="weights in rows, not tiles", published=RAISES),
     "no-high-layers": Run("nvfp4", last_layers_high=False, label="last layers in 4 bits too", published=RAISES),
-    "mxfp4": Run("nvfp4", recipe=replace(RECIPE, format="mxfp4"), label="MXFP4", published="2.5 % beside 1.5 % (8B)"),
-    "late-forward-switch": Run("nvfp4", switch=0.82, label="forward pass in high\nprecision from 82 %",      # at 8.2T of 10T tokens  [NVFP4]
-                               published="1.5 % -> 0.5 % (12B)"),
+    "mxfp4": Run("nvfp4", replace(RECIPE, format="mxfp4"), label="MXFP4", published="2.5 % beside 1.5 % (8B)"),
 }
-ABLATIONS = tuple(name for name, run in RUNS.items() if run.short and not name.endswith("-short"))
+RUNS = TRUNKS | ABLATIONS | {SWITCH: Run("nvfp4", replace(RECIPE, forward=False))}
 POINTS = {0.25: "0.27 % (Ultra, 5T)", 0.50: "0.28 % (Ultra, 10T)", 0.80: "0.25 % (Ultra, 16T of 20T)"}     # [Ultra, health check of NVFP4]
+ABLATE_AT = min(POINTS)      # ours: still on the schedule's plateau, as [NVFP4]'s fork at 3.43T of 10T tokens
+SWITCHED = "67 % (12B, at 8.2T of 10T: 1.5 % -> 0.5 %)"      # of the gap, closed by leaving 4 bits in the forward pass  [NVFP4]
 MEASURES = {"whole run after the warmup": "below 0.4 % on average (Ultra)", "before the decay": "below 1 % (12B, to FP8)",
             "at the end": "slightly above 1.5 % (12B, to FP8)", "held-out text": ""}                       # [Ultra], [NVFP4]
 PARTS = 100             # of a run, in each of which the loss is averaged: the curve of a row
 TAIL = 0.05             # share of the run at its end, and before its decay, over which a gap is taken
-HORIZON = 25 * 60       # seconds in which a pair shall fit, for the printed estimate
 # Student's t, two-sided 95 %, by degrees of freedom (any table of statistics)
 T95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
 
@@ -97,7 +97,7 @@ class Sizes:
     """A model with the run it gets."""
     model: nemotron.ModelConfig
     steps: int               # of a pair
-    short_steps: int         # of an ablation
+    short_steps: int         # of an ablation, from its checkpoint on
     branch_steps: int        # of a branch, ours: 2 % of the run; Ultra's took 5B of 20T tokens
     batch: int
     seq: int
@@ -108,14 +108,20 @@ class Sizes:
 PRESETS = {
     # ours: pattern and state of `small`, half as wide, three quarters as deep. 32 Mamba heads give in_proj 3,104 rows, a multiple of MXFP4's 32.
     # batch and lr: [DeepSeek]'s laws give 79k tokens and 2.6e-3 for this compute (deepseek_laws)
+    # an ablation is three times as long as a branch, whose gaps differ by 0.05 to 0.1 % between seeds: its mean is over 96 steps in place of 32
     "gap": Sizes(nemotron.ModelConfig(pattern="MEM*E" * 3, d_model=512, vocab=16384, heads=4, head_dim=128, mamba_heads=32, mamba_head_dim=32,
                                       groups=4, state=128, chunk=128, experts=64, experts_per_token=6, latent=256, expert_width=384,
                                       shared_width=1024),
-                 steps=3072, short_steps=300, branch_steps=64, batch=64, seq=1024, lr=2.5e-3, least_megabytes=100.0),
+                 steps=3072, short_steps=192, branch_steps=64, batch=64, seq=1024, lr=2.5e-3, least_megabytes=100.0),
     # stage 04's tiny with other Mamba heads, for the same reason; ours: half of stage 05's lr, since so short a run hardly warms up
     "tiny": Sizes(replace(nemotron.PRESETS["tiny"], mamba_heads=32, mamba_head_dim=8),
-                  steps=60, short_steps=20, branch_steps=4, batch=4, seq=128, lr=2e-3, least_megabytes=0.0),
+                  steps=60, short_steps=8, branch_steps=4, batch=4, seq=128, lr=2e-3, least_megabytes=0.0),
 }
+
+
+def points_of(steps: int) -> dict[int, float]:
+    """Steps at which branches leave an NVFP4 run -> their share of it."""
+    return {round(share * steps): share for share in POINTS}
 
 
 @dataclass(frozen=True)
@@ -146,6 +152,9 @@ class Config:
         if unknown := [name for name in self.runs if name not in RUNS and name != "ablations"]:
             raise ValueError(f"unknown run {unknown[0]!r}: choose among ablations, {', '.join(RUNS)}.")
         if not self.seeds: raise ValueError("no seed is given: name at least one with --seeds.")
+        s, last = self.sizes, max(points_of(self.sizes.steps))
+        if min(s.short_steps, s.branch_steps) < 1 or max(last + s.branch_steps, self.ablate_at + s.short_steps) > s.steps:
+            raise ValueError(f"{s.steps} steps have no room for branches of {s.branch_steps} and ablations of {s.short_steps}: choose other numbers.")
         other = {"bf16": "fp32", "fp32": "bf16"}[self.reference]
         if not self.report and any(RUNS[name].precision == other for name in self.runs if name in RUNS):
             raise ValueError(f"an nvfp4 run on {self.place} computes the rest in {self.reference}, so its pair is {self.reference}, not {other}.")
@@ -160,7 +169,7 @@ class Config:
     def names(self) -> tuple[str, ...]:
         """The runs asked for, in order, each once."""
         asked = self.runs or (self.reference, "nvfp4")
-        spread = [(f"{self.reference}-short", "nvfp4-short", *ABLATIONS) if name == "ablations" else (name,) for name in asked]
+        spread = [(*ABLATIONS, SWITCH) if name == "ablations" else (name,) for name in asked]
         return tuple(dict.fromkeys(name for names in spread for name in names))
 
     @property
@@ -168,21 +177,51 @@ class Config:
         given = {k: v for k in ("steps", "short_steps", "branch_steps", "batch", "seq", "lr") if (v := getattr(self, k)) is not None}
         return replace(PRESETS[self.preset], **given)
 
-    def same(self, name: str) -> dict:
-        """What runs must agree in to be compared."""
+    @property
+    def ablate_at(self) -> int: return round(ABLATE_AT * self.sizes.steps)
+
+    @property
+    def same(self) -> dict:
+        """What runs must agree in to be compared; for a branch it is its trunk's."""
         s = self.sizes
-        return dict(preset=self.preset, steps=steps_of(self, name), batch=s.batch, seq=s.seq, lr=s.lr)
-
-    def folder(self, name: str, seed: int) -> Path: return self.home / f"{self.preset}-seed-{seed}-{name}"
+        return dict(preset=self.preset, steps=s.steps, batch=s.batch, seq=s.seq, lr=s.lr)
 
 
-def steps_of(config: Config, name: str) -> int:
-    return config.sizes.short_steps if RUNS[name].short else config.sizes.steps
+class Job(NamedTuple):
+    """One stretch of training: a run from the random start, or a branch from a run's checkpoint."""
+    run: str                    # in RUNS
+    seed: int
+    until: int                  # the step it ends with
+    trunk: str | None = None    # the run that a branch leaves ..
+    start: int = 0              # .. behind this step
+
+    def __str__(self) -> str: return f"{self.run}{f' from step {self.start} of {self.trunk}' if self.trunk else ''}, seed {self.seed}"
 
 
-def points_of(steps: int) -> dict[int, float]:
-    """Steps at which branches leave an NVFP4 run -> their share of it."""
-    return {round(share * steps): share for share in POINTS}
+def folder_of(config: Config, job: Job) -> Path:
+    home = config.home / f"{config.preset}-seed-{job.seed}-{job.trunk or job.run}"
+    return home / f"{job.run}-{job.start:06d}" if job.trunk else home
+
+
+def branch_jobs(config: Config, seed: int) -> list[Job]:
+    """All that can leave a seed's runs: ablations the reference; NVFP4, at each of its points, the reference's precision and the switch."""
+    s, reference, at = config.sizes, config.reference, config.ablate_at
+    return [*(Job(name, seed, at + s.short_steps, reference, at) for name in ABLATIONS),
+            *(Job(name, seed, point + s.branch_steps, "nvfp4", point) for point in points_of(s.steps) for name in (reference, SWITCH))]
+
+
+def jobs(config: Config, seed: int) -> Iterator[Job]:
+    """What this call has to do, in order: runs to their end when they are asked for, else as far as the first branch is compared with; then the
+    branches of what has been reached."""
+    names, reached = set(config.names) - {config.reference}, {}
+    if names & {"nvfp4", SWITCH}: names.add(config.reference)      # as a branch, which the switch is held against
+    branches = [job for job in branch_jobs(config, seed) if job.run in names]
+    until = {name: config.sizes.steps for name in config.names if name in TRUNKS}
+    for job in branches: until.setdefault(job.trunk, job.until)
+    for name, end in until.items():
+        yield (job := Job(name, seed, end))
+        reached[name] = max(end, len(read_metrics(folder_of(config, job))))      # an earlier call may have come further
+    yield from (job for job in branches if job.until <= reached[job.trunk])
 
 
 def missing(*packages: str) -> str | None:
@@ -256,9 +295,8 @@ def prepare(config: Config) -> pretrain.Data:
     return data
 
 
-def batches_of(config: Config, name: str, seed: int, data: pretrain.Data) -> pretrain.Batches:
-    s = config.sizes
-    return pretrain.Batches(data.train, pretrain.Blend.of(data.train), s.batch, s.seq, steps_of(config, name), seed)
+def batches_of(config: Config, seed: int, data: pretrain.Data) -> pretrain.Batches:
+    return pretrain.Batches(data.train, pretrain.Blend.of(data.train), config.sizes.batch, config.sizes.seq, config.sizes.steps, seed)
 
 
 def deepseek_laws(flops: float) -> tuple[float, float]:
@@ -267,21 +305,19 @@ def deepseek_laws(flops: float) -> tuple[float, float]:
 
 
 def describe(config: Config, data: pretrain.Data) -> float:
-    """Prints what will be trained and how fast it has to be; returns the epochs of the longest run. ValueError when they are too many."""
-    s, name = config.sizes, max(config.names, key=lambda name: steps_of(config, name))
-    book, tokens = nemotron.ledger(s.model, s.seq), steps_of(config, name) * s.batch * s.seq
-    epochs = max(batches_of(config, name, config.seeds[0], data).epochs(steps_of(config, name)).values())
+    """Prints what will be trained; returns the epochs of a whole run. ValueError when they are too many."""
+    s = config.sizes
+    book, tokens = nemotron.ledger(s.model, s.seq), s.steps * s.batch * s.seq
+    epochs = max(batches_of(config, config.seeds[0], data).epochs(s.steps).values())
     print(f"model: preset {config.preset}, {book.total / 1e6:.1f}M parameters, {book.active / 1e6:.1f}M active a token, "
           f"{book.mtp / 1e6:.1f}M more in the MTP head")
-    print(f"run: {steps_of(config, name):,} steps of {s.batch} × {s.seq} tokens = {tokens / 1e6:.2f}M tokens, {epochs:.2f} epochs of "
-          f"{sum(len(shard.tokens) for shard in data.train.values()) / 1e6:.1f}M; ablations {s.short_steps * s.batch * s.seq / 1e6:.2f}M tokens")
-    flops = 3 * (sum(book.flops_per_token.values()) - book.flops_per_token["output layer"]) * s.steps * s.batch * s.seq
+    print(f"run: {s.steps:,} steps of {s.batch} × {s.seq} tokens = {tokens / 1e6:.2f}M tokens, {epochs:.2f} epochs of "
+          f"{sum(len(shard.tokens) for shard in data.train.values()) / 1e6:.1f}M; ablations {s.short_steps} steps from step {config.ablate_at}")
+    flops = 3 * (sum(book.flops_per_token.values()) - book.flops_per_token["output layer"]) * tokens
     lr, batch = deepseek_laws(flops)
-    print(f"learning rate {s.lr:g}, {s.batch * s.seq:,} tokens a step; DeepSeek's laws for {flops:.1e} FLOP: {lr:.1e} and {batch:,.0f}")
-    pair = (2 * s.steps + len(POINTS) * s.branch_steps) * s.batch * s.seq
-    print(f"a pair with its branches in {HORIZON / 60:.0f} minutes needs {pair / HORIZON:,.0f} tokens/s on average\n")
+    print(f"learning rate {s.lr:g}, {s.batch * s.seq:,} tokens a step; DeepSeek's laws for {flops:.1e} FLOP: {lr:.1e} and {batch:,.0f}\n")
     if epochs > config.max_epochs:
-        raise ValueError(f"{name} would read the text {epochs:.1f} times and --max-epochs is {config.max_epochs:g}: give more text with --data.")
+        raise ValueError(f"a run would read the text {epochs:.1f} times and --max-epochs is {config.max_epochs:g}: give more text with --data.")
     return epochs
 
 
@@ -292,14 +328,11 @@ class OutOfTime(Exception):
 
 
 class TimedTrainer(pretrain.Trainer):
-    """Stage 05's trainer with a last moment for a step to begin, and a step from which on the forward pass is in high precision."""
-    deadline, switch_at = math.inf, math.inf
+    """Stage 05's trainer with a last moment for a step to begin."""
+    deadline = math.inf
 
     def train_step(self) -> dict:
         if time.monotonic() >= self.deadline: raise OutOfTime
-        if self.step >= self.switch_at:
-            self.use_recipe(replace(self.model.recipe, forward=False))
-            self.switch_at = math.inf      # once in a process: on a GPU each change records the step anew
         return super().train_step()
 
 
@@ -313,15 +346,14 @@ def last_layers(high: bool) -> Iterator[None]:
     finally: table[:] = before
 
 
-def settings(config: Config, name: str, seed: int, precision: str | None = None) -> pretrain.PretrainConfig:
+def settings(config: Config, name: str, seed: int) -> pretrain.PretrainConfig:
     """Stage 05's settings of a run. NOTE: their `preset` stays at its default and is not used: the model is handed over."""
     s = config.sizes
     return pretrain.PretrainConfig(
-        steps=steps_of(config, name), batch=s.batch, seq=s.seq, micro_batches=config.micro_batches, lr=s.lr, lr_min=s.lr / 100,
-        warmup=0.04,              # ours: 12 steps of an ablation, 123 of a pair
-        precision=precision or RUNS[name].precision, device=config.place, seed=seed, out=config.home, branches=(), branch_steps=s.branch_steps,
+        steps=s.steps, batch=s.batch, seq=s.seq, micro_batches=config.micro_batches, lr=s.lr, lr_min=s.lr / 100, precision=RUNS[name].precision,
+        warmup=0.04,              # ours: 123 steps of preset gap
         save_every=10**9,         # saved where a branch begins, when the time is up, and at the end
-        keep=99, health_every=0, eval_windows=256)
+        device=config.place, seed=seed, out=config.home, branches=(), branch_steps=s.branch_steps, keep=99, health_every=0, eval_windows=256)
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -329,47 +361,64 @@ def read_metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
-def open_run(config: Config, name: str, seed: int, data: pretrain.Data) -> TimedTrainer:
-    """The trainer of a run, new or as its newest whole checkpoint left it."""
-    run, home, train, batches = RUNS[name], config.folder(name, seed), settings(config, name, seed), batches_of(config, name, seed, data)
+def open_run(config: Config, job: Job, data: pretrain.Data) -> TimedTrainer:
+    """The trainer of a job as its newest whole checkpoint left it; without one a new run, or a branch from its trunk's checkpoint."""
+    run, home, train = RUNS[job.run], folder_of(config, job), settings(config, job.run, job.seed)
+    batches = batches_of(config, job.seed, data)
     shared = dict(tokenizer=data.tokenizer, data_hash=pretrain.hash_of(data), recipe=run.recipe)
+    own = bool(pretrain.checkpoints(home))
     with last_layers(run.last_layers_high):
-        if pretrain.checkpoints(home):
-            folder = pretrain.newest_checkpoint(home)
-            pretrain.check_same_run(folder, train, shared["data_hash"])
+        if own or job.trunk:
+            folder = pretrain.newest_checkpoint(home) if own else home.parent / f"step-{job.start:06d}"
+            if problem := pretrain.damage(folder):
+                raise ValueError(f"{problem}: delete {folder.parent} to train that run again, or choose another --home.")
+            pretrain.check_same_run(folder, train if own else settings(config, job.trunk, job.seed), shared["data_hash"])
             trainer = TimedTrainer.load(folder, train, batches, home, **shared)
             if trainer.model.config != config.sizes.model:
                 raise ValueError(f"{folder} holds a model of other sizes than preset {config.preset}: choose another --home.")
         else:
-            torch.manual_seed(seed)      # the same start for every precision
+            torch.manual_seed(job.seed)      # the same start for every precision
             trainer = TimedTrainer(train, nemotron.Nemotron(config.sizes.model), batches, home, **shared)
     trainer.rows = [row for row in read_metrics(home) if row["step"] <= trainer.step]      # those after the checkpoint will be written again
     nvfp4.writable_folder(home)
     (home / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in trainer.rows))
-    if run.switch is not None: trainer.switch_at = round(run.switch * train.steps)
     return trainer
 
 
-def advance(config: Config, name: str, seed: int, data: pretrain.Data, deadline: float) -> bool:
-    """Trains a run until its end or the deadline, and saves. True when it has ended; then its row is written and in done.json."""
-    home, steps = config.folder(name, seed), steps_of(config, name)
-    if (home / "done.json").exists(): return True
+def result(config: Config, job: Job, trainer: TimedTrainer, data: pretrain.Data) -> dict:
+    """The row of a job that has ended. The gap of a branch is taken over the second half of its steps, to its trunk's losses of exactly these steps:
+    an ablation is the one in 4 bits; where a branch leaves 4 bits, the trunk is."""
+    s, mine, row = config.sizes, trainer.rows, dict(seed=job.seed, same=config.same, data=trainer.data_hash)
+    if not job.trunk:
+        held_out = pretrain.evaluate(trainer, data.held_out).get("all")
+        return dict(what="run", run=job.run, **row, tokens=s.steps * s.batch * s.seq, epochs=round(max(trainer.batches.epochs(s.steps).values()), 3),
+                    megabytes=megabytes(data), held_out=held_out and round(held_out, 5), curve=curve(mine, s.steps),
+                    tokens_per_s=round(statistics.median(row["tokens_per_s"] for row in mine)))
+    trunk = [row for row in read_metrics(trainer.home.parent) if job.start < row["step"] <= job.until]
+    assert [row["step"] for row in mine] == [row["step"] for row in trunk], f"{job}: its trunk has not trained the same steps"
+    row |= dict(share=points_of(s.steps)[job.start], reference=config.reference, precision=RUNS[job.run].precision)
+    if job.run in ABLATIONS: return dict(what="ablation", run=job.run, **row, steps=len(mine), gap=round(pretrain.relative_gap(mine, trunk), 6))
+    kind = SWITCH if job.run == SWITCH else LEAVES
+    return dict(what="branch", kind=kind, **row, branch_steps=len(mine), gap=round(pretrain.relative_gap(trunk, mine), 6))
+
+
+def advance(config: Config, job: Job, data: pretrain.Data, deadline: float) -> bool:
+    """Trains until the job's end or the deadline, and saves. True when it is there; a whole run or branch then has its row, also in done.json."""
+    home, part = folder_of(config, job), not job.trunk and job.until < config.sizes.steps
+    if (home / "done.json").exists() or part and len(read_metrics(home)) >= job.until: return True
     if time.monotonic() >= deadline: return False
-    trainer = open_run(config, name, seed, data)
+    trainer = open_run(config, job, data)
     trainer.deadline = deadline
-    try: ended = trainer.fit(steps, points_of(steps) if name == "nvfp4" else (), max(1, steps // 20), f"{name}, seed {seed}")
+    points = points_of(config.sizes.steps) if job.run == "nvfp4" else [config.ablate_at]
+    try: ended = trainer.fit(job.until, () if job.trunk else points, max(1, (job.until - job.start) // 20), str(job))
     except OutOfTime:
         if trainer.step: trainer.save()
         return False
     if not ended: raise KeyboardInterrupt
-    held_out = pretrain.evaluate(trainer, data.held_out).get("all")
-    epochs = max(trainer.batches.epochs(steps).values())
-    row = dict(what="run", run=name, seed=seed, same=config.same(name), tokens=steps * config.sizes.batch * config.sizes.seq,
-               epochs=round(epochs, 3), megabytes=megabytes(data), data=trainer.data_hash, held_out=held_out and round(held_out, 5),
-               tokens_per_s=round(statistics.median(row["tokens_per_s"] for row in trainer.rows)), curve=curve(trainer.rows, steps))
-    nvfp4.write_row(config.out, "nvfp4_gap", **row)
+    if part: return True
+    nvfp4.write_row(config.out, "nvfp4_gap", **(row := result(config, job, trainer, data)))
     (home / "done.json").write_text(json.dumps(row))
-    if name != "nvfp4": tidy(home)
+    tidy(config, job)
     return True
 
 
@@ -379,29 +428,17 @@ def free_memory() -> None:
     if torch.cuda.is_available(): torch.cuda.empty_cache()
 
 
-def tidy(home: Path) -> None:
-    """Of a run that has ended only the last checkpoint stays."""
-    for old in pretrain.checkpoints(home)[:-1]: shutil.rmtree(old)
-
-
-def run_branches(config: Config, seed: int, data: pretrain.Data, deadline: float) -> bool:
-    """Some steps in the reference's precision from every point of an NVFP4 run that has passed it. True when all are there. A branch is short and
-    not cut at the deadline."""
-    trunk, n = config.folder("nvfp4", seed), config.sizes.branch_steps
-    rows, written = read_metrics(trunk), trunk / "branches.json"
-    done = json.loads(written.read_text()) if written.exists() else {}
-    for point, share in points_of(config.sizes.steps).items():
-        ready = (trunk / f"step-{point:06d}").exists() and len(rows) >= point + n
-        if str(share) in done or not ready or time.monotonic() >= deadline: continue
-        home, train = trunk / f"branch-{point:06d}", settings(config, "nvfp4", seed, config.reference)
-        branch = pretrain.run_branch(trunk / f"step-{point:06d}", train, data, home).rows
-        row = dict(what="branch", share=share, seed=seed, same=config.same("nvfp4"), branch_steps=n, precision=config.reference,
-                   gap=round(pretrain.relative_gap(rows[point:point + n], branch), 6))
-        nvfp4.write_row(config.out, "nvfp4_gap", **row)
-        written.write_text(json.dumps(done := {**done, str(share): row}))
-        free_memory()
-    if len(done) == len(POINTS) and (trunk / "done.json").exists(): tidy(trunk)
-    return len(done) == len(POINTS)
+def tidy(config: Config, job: Job) -> None:
+    """After a branch its checkpoints go; of a run that has ended the last one stays, and those that a branch has yet to begin from."""
+    home = folder_of(config, job)
+    if job.trunk:
+        for old in pretrain.checkpoints(home): shutil.rmtree(old)
+        home = home.parent
+    if not (home / "done.json").exists(): return
+    branches = [(folder_of(config, branch), branch.start) for branch in branch_jobs(config, job.seed)]
+    needed = {f"step-{start:06d}" for folder, start in branches if folder.parent == home and not (folder / "done.json").exists()}
+    for old in pretrain.checkpoints(home)[:-1]:
+        if old.name not in needed: shutil.rmtree(old)
 
 
 def train(config: Config) -> None:
@@ -413,18 +450,16 @@ def train(config: Config) -> None:
     describe(config, data)
     left = []
     for seed in config.seeds:
-        for name in config.names:
-            if not advance(config, name, seed, data, deadline): left.append((name, seed))
+        for job in jobs(config, seed):
+            if not advance(config, job, data, deadline): left.append(job)
             free_memory()
-        if "nvfp4" in config.names and not run_branches(config, seed, data, deadline): left.append(("branches", seed))
     print()
-    for name, seed in left:
-        if name == "branches": print(f"branches of seed {seed}: not all run"); continue
-        rows, steps = read_metrics(config.folder(name, seed)), steps_of(config, name)
+    for job in left:
+        rows = read_metrics(folder_of(config, job))
         speed = statistics.median(row["tokens_per_s"] for row in rows) if rows else 0
-        rest = (steps - len(rows)) * config.sizes.batch * config.sizes.seq
+        rest = (job.until - job.start - len(rows)) * config.sizes.batch * config.sizes.seq
         pace = f", about {rest / speed / 60:.1f} minutes left at {speed:,.0f} tokens/s" if speed else ""
-        print(f"{name}, seed {seed}: step {len(rows):,} of {steps:,}{pace}")
+        print(f"{job}: step {job.start + len(rows):,} of {job.until:,}{pace}")
     print("the same command goes on." if left else "all runs have ended: --report shows the gap.")
 
 
@@ -449,8 +484,6 @@ def interval(values: list[float]) -> tuple[float, float | None, float | None]:
 
 def measure(four: dict, reference: dict, decay: float, warmup: float) -> dict[str, float]:
     """Gaps of two finished runs by the names in MEASURES. decay, warmup: shares of the run."""
-    if four["data"] != reference["data"]:
-        raise ValueError(f"seed {four['seed']}: {four['run']} and {reference['run']} saw different text: train both on one, or take a row out.")
     a, b = np.array(four["curve"]), np.array(reference["curve"])
     n, tail = len(a), max(1, round(TAIL * len(a)))
     stable = n - round(decay * n)
@@ -463,73 +496,76 @@ def measure(four: dict, reference: dict, decay: float, warmup: float) -> dict[st
 
 
 class Results(NamedTuple):
-    runs: dict[tuple[str, int], dict]        # (run, seed) -> its row; of an unfinished run from its metrics, with a shorter curve
-    branches: dict[tuple[float, int], dict]  # (share of the run, seed) -> its row
+    rows: dict[tuple[str, float], dict[int, dict]]      # (run or kind of branch, share of the run behind which it begins) -> seed -> its row
     reference: str
 
-    def seeds(self, name: str, whole: int | None = None) -> list[int]:
-        """Seeds of a run, with `whole` parts only those whose curve has that many."""
-        return sorted(seed for run, seed in self.runs if run == name and (whole is None or len(self.runs[run, seed]["curve"]) == whole))
+    def paired(self, a: str, b: str, share: float = 0.0) -> dict[int, tuple[dict, dict]]:
+        """seed -> rows of a and b, where both have one. ValueError for rows of different text; older rows of branches do not name theirs."""
+        a_s, b_s = self.rows.get((a, share), {}), self.rows.get((b, share), {})
+        pairs = {seed: (a_s[seed], b_s[seed]) for seed in sorted(a_s.keys() & b_s.keys())}
+        for seed, rows in pairs.items():
+            if len({row["data"] for row in rows if "data" in row}) > 1:
+                raise ValueError(f"seed {seed}: {a} and {b} saw different text: train both on one, or take a row out.")
+        return pairs
 
 
 def collect(config: Config) -> Results:
-    """Rows of config.rows and config.out, then what lies in config.home: finished runs by their row, the others by their metrics."""
-    runs, branches, other = {}, {}, 0
+    """Rows of config.rows and config.out, then what lies in config.home: what has ended by its row, other runs by their metrics, which make a shorter
+    curve. Rows of older kinds, such as ablations that were runs of their own, are passed over."""
+    rows, s, other = {}, config.sizes, 0
     files = dict.fromkeys(Path(path).resolve() for path in (*config.rows, config.out / "results.jsonl"))
-    found = [json.loads(line) for path in files if path.exists() for line in path.read_text().splitlines()]
-    found = [row for row in found if row["stage"] == "nvfp4_gap" and row["what"] in ("run", "branch")]
+    found = [row for path in files if path.exists() for row in map(json.loads, path.read_text().splitlines()) if row["stage"] == "nvfp4_gap"]
     for home in sorted(config.home.glob(f"{config.preset}-seed-*-*")):
         seed, name = home.name[len(config.preset) + 6:].split("-", 1)
-        if (home / "done.json").exists(): found.append(json.loads((home / "done.json").read_text()))
-        elif pretrain.checkpoints(home):
+        if not (home / "done.json").exists() and pretrain.checkpoints(home):
             saved = json.loads((pretrain.newest_checkpoint(home) / "pretrain.json").read_text())
             same = dict(preset=config.preset, **{k: saved["config"][k] for k in ("steps", "batch", "seq", "lr")})
-            found.append(dict(what="run", run=name, seed=int(seed), same=same, data=saved["data"], held_out=None,
-                              curve=curve(read_metrics(home), same["steps"])))
-        if (home / "branches.json").exists(): found += json.loads((home / "branches.json").read_text()).values()
+            part = dict(run=name, seed=int(seed), same=same, data=saved["data"], held_out=None, curve=curve(read_metrics(home), same["steps"]))
+            found.insert(0, dict(what="run", **part))      # before the rows of whole runs, which replace it
+        found += [json.loads(done.read_text()) for done in (*home.glob("done.json"), *sorted(home.glob("*/done.json")))]
+    kinds = dict(run=(TRUNKS, None), ablation=(ABLATIONS, s.short_steps), branch=((LEAVES, SWITCH), s.branch_steps))
     for row in found:
-        if row["same"] != config.same(row.get("run", "nvfp4")): other += 1
-        elif row["what"] == "run": runs[row["run"], row["seed"]] = row
-        elif row["branch_steps"] == config.sizes.branch_steps: branches[row["share"], row["seed"]] = row
+        (known, length), name = kinds.get(row["what"], ((), None)), row.get("run", row.get("kind", LEAVES))
+        if name not in known: continue
+        if row["same"] != config.same or row.get("branch_steps", row.get("steps")) != length: other += 1
+        else: rows.setdefault((name, row.get("share", 0.0)), {})[row["seed"]] = row
     if other: print(f"{other} rows of other presets, lengths or learning rates are left out")
-    if not runs: raise ValueError(f"no run of preset {config.preset} with these settings in {config.home} or in the row files: train first.")
-    return Results(runs, branches, "bf16" if any(name.startswith("bf16") for name, _ in runs) else "fp32")
+    if not rows: raise ValueError(f"no run of preset {config.preset} with these settings in {config.home} or in the row files: train first.")
+    high = any("bf16" in (name, row.get("reference"), row.get("precision")) for (name, _), seeds in rows.items() for row in seeds.values())
+    return Results(rows, "bf16" if high else "fp32")
 
 
 def gap_curves(results: Results) -> dict[int, np.ndarray]:
     """seed -> gap in each part of the run that both precisions have reached."""
-    pairs = {seed: [results.runs[name, seed]["curve"] for name in ("nvfp4", results.reference)]
-             for seed in results.seeds("nvfp4") if (results.reference, seed) in results.runs}
+    pairs = {seed: [row["curve"] for row in rows] for seed, rows in results.paired("nvfp4", results.reference).items()}
     return {seed: np.array(a[:n]) / np.array(b[:n]) - 1 for seed, (a, b) in pairs.items() if (n := min(len(a), len(b)))}
 
 
 def tabulate(config: Config, results: Results) -> list[dict]:
     """One row for each measure, branch and ablation: the gap of every seed, their mean and interval."""
-    rows, train, reference = [], settings(config, "nvfp4", 0), results.reference
+    rows, train, parts = [], settings(config, "nvfp4", 0), min(PARTS, config.sizes.steps)
 
-    def add(kind: str, name: str, by_seed: dict[int, float], published: str) -> None:
+    def add(kind: str, name: str, by_seed: dict[int, float], published: str = "", **more) -> None:
         if by_seed:
             seeds, values = list(by_seed), list(by_seed.values())
             mean, low, high = interval(values)
-            rows.append(dict(kind=kind, name=name, seeds=seeds, gaps=values, mean=mean, low=low, high=high, published=published))
+            rows.append(dict(kind=kind, name=name, seeds=seeds, gaps=values, mean=mean, low=low, high=high, published=published, **more))
 
-    def gaps(name: str, of: str) -> dict[int, dict[str, float]]:
-        whole = min(PARTS, steps_of(config, name))
-        both = [seed for seed in results.seeds(name, whole) if seed in results.seeds(of, whole)]
-        return {seed: measure(results.runs[name, seed], results.runs[of, seed], train.decay, train.warmup) for seed in both}
-
-    pairs = gaps("nvfp4", reference)
+    pairs = {seed: measure(*both, train.decay, train.warmup) for seed, both in results.paired("nvfp4", results.reference).items()
+             if all(len(row["curve"]) == parts for row in both)}
+    gaps = lambda name, share: {seed: row["gap"] for seed, row in sorted(results.rows.get((name, share), {}).items())}
     for name, published in MEASURES.items(): add("pair", name, {seed: gap[name] for seed, gap in pairs.items() if name in gap}, published)
-    for share, published in POINTS.items():
-        branches = {seed: row["gap"] for (at, seed), row in sorted(results.branches.items()) if at == share}
-        add("branch", f"branch at {share:.0%} of the run", branches, published)
-    short, end = gaps("nvfp4-short", f"{reference}-short"), "at the end"
-    add("ablation", "nvfp4-short", {seed: gap[end] for seed, gap in short.items()}, "")
-    for name in ABLATIONS:
-        mine = gaps(name, f"{reference}-short")
-        add("ablation", name, {seed: gap[end] for seed, gap in mine.items()}, RUNS[name].published)
+    for share, published in POINTS.items(): add("branch", f"branch at {share:.0%} of the run", gaps(LEAVES, share), published, share=share)
+    for share in POINTS:
+        both = results.paired(SWITCH, LEAVES, share).values()
+        part, whole = (sum(pair[i]["gap"] for pair in both) for i in (0, 1))
+        add(SWITCH, f"forward pass leaves 4 bits at {share:.0%} of the run", gaps(SWITCH, share), SWITCHED if share == max(POINTS) else "",
+            share=share, closed=part / whole if whole > 0 else None)      # a gap of noise, 0 or below, has no share
+    for name, run in ABLATIONS.items():
+        add("ablation", name, gaps(name, ABLATE_AT), run.published)
         # what leaving the ingredient out costs: the difference of two gaps of one seed
-        add("difference", name, {seed: mine[seed][end] - short[seed][end] for seed in mine if seed in short}, "")
+        more = {seed: mine["gap"] - whole["gap"] for seed, (mine, whole) in results.paired(name, "whole-recipe", ABLATE_AT).items()}
+        if name != "whole-recipe": add("difference", name, more)
     return rows
 
 
@@ -539,23 +575,23 @@ def percent(x: float) -> str: return f"{100 * x:+.2f} %"
 def bounds(row: dict) -> str: return "one seed: none" if row["low"] is None else f"{percent(row['low'])} to {percent(row['high'])}"
 
 
-def print_tables(rows: list[dict], reference: str) -> None:
-    header = ["loss gap, mean over seeds", "seeds", "gap", "95 % interval", "published"]
-    line = lambda row: [row["name"], len(row["seeds"]), percent(row["mean"]), bounds(row), row["published"]]
-    long = [line(row) for row in rows if row["kind"] in ("pair", "branch")]
-    if long: nvfp4.print_table(f"NVFP4 against {reference}, same start, data and schedule", header, long)
-    ablations, differences = ([row for row in rows if row["kind"] == kind] for kind in ("ablation", "difference"))
-    if not ablations: return
-    against = {row["name"]: f"{percent(row['mean'])} ({bounds(row)})" for row in differences}
-    nvfp4.print_table(f"Ablations: short runs, gap at the end against {reference}-short, and against the whole recipe (nvfp4-short)",
-                      [*header[:4], "more than the whole recipe", "published"],
-                      [[*line(row)[:4], against.get(row["name"], ""), row["published"]] for row in ablations])
+def print_tables(rows: list[dict], config: Config, reference: str) -> None:
+    against, s = {row["name"]: f"{percent(row['mean'])} ({bounds(row)})" for row in rows if row["kind"] == "difference"}, config.sizes
+    closed = lambda row: "" if row["closed"] is None else f"{row['closed']:.0%}"
+    tables = [(("pair", "branch"), f"NVFP4 against {reference}, same start, data and schedule", {}),
+              ((SWITCH,), f"Late switch: what {s.branch_steps} steps with the forward pass in {reference} close", {"share closed": closed}),
+              (("ablation",), f"Ablations: {s.short_steps} steps from step {config.ablate_at:,} of {reference}, gap to its own over the second half",
+               {"more than the whole recipe": lambda row: against.get(row["name"], "")})]
+    for kinds, title, more in tables:
+        lines = [[RUNS[row["name"]].label if row["kind"] == "ablation" else row["name"], len(row["seeds"]), percent(row["mean"]), bounds(row),
+                  *(show(row) for show in more.values()), row["published"]] for row in rows if row["kind"] in kinds]
+        if lines: nvfp4.print_table(title, ["loss gap, mean over seeds", "seeds", "gap", "95 % interval", *more, "published"], lines)
 
 
 # %% 5 · Figure
 
 def plot_gap(ax, config: Config, results: Results, rows: list[dict]) -> None:
-    """Gap along the run: seeds thin, their mean thick, branches as diamonds with their intervals."""
+    """Gap along the run: seeds thin, their mean thick; branches with their intervals, those of the late switch to the right of the others."""
     curves, steps, train = gap_curves(results), config.sizes.steps, settings(config, "nvfp4", 0)
     parts = min(PARTS, steps)
     middle = lambda n: (np.arange(n) + 0.5) * steps / parts
@@ -564,11 +600,12 @@ def plot_gap(ax, config: Config, results: Results, rows: list[dict]) -> None:
     n = min(map(len, curves.values()))
     mean = np.mean([gap[:n] for gap in curves.values()], axis=0)
     if len(curves) > 1: ax.plot(middle(n), 100 * mean, color="#1f4e8c", linewidth=2.2, label=f"mean of {len(curves)} seeds")
-    for i, row in enumerate(row for row in rows if row["kind"] == "branch"):
-        share = float(row["name"].split()[2].rstrip("%")) / 100
-        spread = None if row["low"] is None else 100 * (row["high"] - row["mean"])
-        ax.errorbar(share * steps, 100 * row["mean"], yerr=spread, fmt="D", color="#c0392b", markersize=6, capsize=3, zorder=5,
-                    label=f"branches in {results.reference}" if i == 0 else None)
+    for kind, marker, colour, aside, label in (("branch", "D", "#c0392b", 0.0, f"branches in {results.reference}"),
+                                               (SWITCH, "s", "#d68910", 0.016, "branches, only the forward pass leaves 4 bits")):
+        for i, row in enumerate(row for row in rows if row["kind"] == kind):
+            spread = None if row["low"] is None else 100 * (row["high"] - row["mean"])
+            ax.errorbar((row["share"] + aside) * steps, 100 * row["mean"], yerr=spread, fmt=marker, color=colour, markersize=6, capsize=3, zorder=5,
+                        label=label if i == 0 else None)
     ax.axhline(0, color="0.3", linewidth=1)
     ax.axhline(0.4, color="#3d8b4f", linestyle="--", linewidth=1.2, label="Ultra: below 0.4 % on average")
     decay = steps - train.decay_steps
@@ -585,30 +622,34 @@ def plot_gap(ax, config: Config, results: Results, rows: list[dict]) -> None:
     ax.legend(frameon=False, loc="upper left", fontsize=9)
 
 
-def plot_ablations(ax, results: Results, rows: list[dict]) -> None:
-    """Gap of every short run at its end, with its interval."""
-    rows = [row for row in rows if row["kind"] == "ablation"][::-1]
+def plot_ablations(ax, config: Config, results: Results, rows: list[dict]) -> None:
+    """Gap of the whole recipe and of every ablation from the one checkpoint: seeds as dots, their mean with its interval. The dots set the scale:
+    of two seeds the interval may leave the frame."""
+    rows, steps = [row for row in rows if row["kind"] == "ablation"][::-1], config.sizes.short_steps
     for y, row in enumerate(rows):
-        colour = "#1f4e8c" if row["name"] == "nvfp4-short" else "#c0392b"
-        ax.plot([100 * gap for gap in row["gaps"]], [y] * len(row["gaps"]), "o", color=colour, alpha=0.35, markersize=4)
-        spread = None if row["low"] is None else 100 * (row["high"] - row["mean"])
-        ax.errorbar(100 * row["mean"], y, xerr=spread, fmt="o", color=colour, capsize=3, markersize=7)
-        if row["name"] == "nvfp4-short": ax.axvline(100 * row["mean"], color=colour, linestyle=":", linewidth=1)
+        whole, gaps, mean = row["name"] == "whole-recipe", [100 * gap for gap in row["gaps"]], 100 * row["mean"]
+        colour = "#1f4e8c" if whole else "#c0392b"
+        ax.plot(gaps, [y] * len(gaps), "o", color=colour, alpha=0.5, markersize=6)
+        if row["low"] is not None: ax.errorbar(mean, y, xerr=100 * row["high"] - mean, fmt="|", color=colour, capsize=4, markersize=14)
+        if whole: ax.axvline(mean, color=colour, linestyle=":", linewidth=1)
     ax.axvline(0, color="0.3", linewidth=1)
+    dots = [100 * gap for row in rows for gap in row["gaps"]] + [0.0]
+    margin = 0.3 * (max(dots) - min(dots)) or 1.0
+    ax.set_xlim(min(dots) - margin, max(dots) + margin)
     ax.set_yticks(range(len(rows)), [RUNS[row["name"]].label for row in rows])
     ax.set_ylim(-0.6, len(rows) - 0.4)
-    bars = "bars: 95 % interval, dots: seeds" if any(row["low"] is not None for row in rows) else "one seed, no interval"
-    ax.set_title(f"The recipe with one thing changed ({bars})")
-    ax.set_xlabel(f"gap of the training loss to {results.reference}, at the end (%)")
+    bars = "dots: seeds, bars: 95 %" if any(row["low"] is not None for row in rows) else "one seed, no interval"
+    ax.set_title(f"One ingredient taken away ({bars})")
+    ax.set_xlabel(f"gap of the training loss to {results.reference}, steps {steps // 2 + 1} to {steps} from step {config.ablate_at:,} (%)")
 
 
 def plot(config: Config, results: Results, rows: list[dict]) -> None:
     pairs, short = bool(gap_curves(results)), any(row["kind"] == "ablation" for row in rows)
     if not pairs and not short: print("no figure: no run has its reference beside it yet"); return
-    fig, axes = nvfp4.new_figure(columns=pairs + short, width=7.2, height=4.6)
+    fig, axes = nvfp4.new_figure(columns=pairs + short, width=7.6, height=4.6)
     axes = np.atleast_1d(axes)
     if pairs: plot_gap(axes[0], config, results, rows)
-    if short: plot_ablations(axes[-1], results, rows)
+    if short: plot_ablations(axes[-1], config, results, rows)
     nvfp4.save_figure(fig, config.figure)
     print(f"\nfigure: {config.figure}")
 
@@ -617,11 +658,11 @@ def report(config: Config) -> list[dict]:
     """Tables, figure and rows of everything found."""
     results = collect(config)
     rows = tabulate(config, results)
-    print_tables(rows, results.reference)
+    print_tables(rows, config, results.reference)
     if not rows: print("no pair has ended yet: the figure shows how far they are")
     for row in rows:
         tidy_row = {k: [round(x, 6) for x in v] if k == "gaps" else round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
-        nvfp4.write_row(config.out, "nvfp4_gap", what="gap", reference=results.reference, same=config.same("nvfp4"), **tidy_row)
+        nvfp4.write_row(config.out, "nvfp4_gap", what="gap", reference=results.reference, same=config.same, **tidy_row)
     if sentence := missing("matplotlib"): print(f"no figure: it {sentence}")
     else: plot(config, results, rows)
     return rows
