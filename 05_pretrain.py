@@ -7,7 +7,7 @@ Sources:   [Ultra] Nemotron 3 Ultra report, arXiv 2606.15007 · [NVFP4] Pretrain
 Run:       python 05_pretrain.py                     # minutes on 2 CPU cores: corpus, tokenizer, training, fp32 and NVFP4 branches, text
            python 05_pretrain.py --resume            # goes on after Ctrl-C or a crash, with the losses it would have had
            python 05_pretrain.py --data my/*.txt --out out/mine --branches    # your own text, no branches
-           python 05_pretrain.py --branch-from out/pretrain/step-000410 --precision nvfp4 --branch-steps 40
+           python 05_pretrain.py --branch-from out/pretrain/step-000598 --precision nvfp4 --branch-steps 40
            torchrun --nproc-per-node 4 05_pretrain.py --ep 2 --cp 2 --out out/four     # 4 processes share data, experts and sequences
 Contents:  1 config   2 tokenizer and token shards   3 packed batches and blend   4 schedule and optimizer   5 checkpoints
            6 merging checkpoints   7 health   8 several devices   9 trainer   10 bits per byte   11 branches   12 samples and tables
@@ -69,7 +69,7 @@ class PretrainConfig:
     preset: Preset = "tiny"
     data: tuple[str, ...] = ()       # built-in sources by name, files (.txt .jsonl .parquet), hf:NAME@200MB; nothing = all built-in sources
     out: Path = Path("out")          # result rows; metrics and checkpoints in out/pretrain, text and tokens in out/data
-    steps: int = 600                 # optimizer steps, ours: about 3 minutes on 2 cores; Ultra takes 794,728
+    steps: int = 850                 # optimizer steps, ours: about 4 minutes on 2 cores; Ultra takes 794,728
     batch: int = 4                   # sequences a step, ours: Ultra 3,072
     seq: int = 256                   # tokens a sequence, ours: Ultra 8,192
     micro_batches: int = 1           # pieces a step's batch is computed in; gradients are averaged over them
@@ -942,7 +942,7 @@ def start(config: PretrainConfig, data: Data, batches: Batches, ranks: Ranks | N
 
 def branch_only(config: PretrainConfig) -> None:
     """--branch-from: one branch with the settings of the checkpoint, in --precision."""
-    if problem := damage(config.branch_from): raise ValueError(f"{problem}: give --branch-from a folder like out/pretrain/step-000410.")
+    if problem := damage(config.branch_from): raise ValueError(f"{problem}: give --branch-from a folder like out/pretrain/step-000598.")
     saved = json.loads((config.branch_from / "pretrain.json").read_text())
     was = {f.name: saved["config"].get(f.name, f.default) for f in fields(config) if f.name not in FREE | {"precision"}}
     fixed = {name: tuple(value) if isinstance(value, list) else value for name, value in was.items()}

@@ -6,7 +6,7 @@ Sources:   [Ultra] Nemotron 3 Ultra report, arXiv 2606.15007 · [Super] Nemotron
            [Packing] Fewer Truncations Improve Language Modeling, arXiv 2404.10830 · [Megatron] Megatron-LM, the code that trained it
 Run:       python 06_sft.py                       # about 3 minutes on 2 CPU cores, from the newest checkpoint in out/pretrain: train, then score
            python 06_sft.py --resume              # goes on after Ctrl-C
-           python 06_sft.py --score-on validation --out out/try --base out/pretrain/step-000600     # while choosing settings
+           python 06_sft.py --score-on validation --out out/try --base out/pretrain/step-000850     # while choosing settings
            python 06_sft.py --data tasks my/chats.jsonl --fresh        # your own conversations beside the built-in questions
            python 06_sft.py --base DIR --data hf:ORG/SET@200MB --out out/mine      # a released checkpoint's layout, a hub set with "messages"
 Contents:  1 config   2 chat format   3 conversations   4 packing   5 loss   6 schedule and trainer   7 evaluation

@@ -8,7 +8,7 @@ Sources:   [Ultra] Nemotron 3 Ultra report, arXiv 2606.15007 · [Super], [Nano] 
 Run:       python 07_rlvr_mopd.py                       # from the newest checkpoint in out/sft, minutes on 2 CPU cores: everything below
            python 07_rlvr_mopd.py --sync                # the same arithmetic in one process, never off-policy
            python 07_rlvr_mopd.py --resume              # goes on after Ctrl-C, or when the worker died
-           python 07_rlvr_mopd.py --prompts 16 --answers 16 --weights icepop --mopd.rounds 2 --out out/mine --base out/sft/step-000720
+           python 07_rlvr_mopd.py --prompts 16 --answers 16 --weights icepop --mopd.rounds 2 --out out/mine --base out/sft/step-000520
 Contents:  1 config   2 rollouts   3 rewards and advantages   4 policy loss   5 curriculum   6 learner   7 PivotRL   8 teachers
            9 multi-teacher on-policy distillation   10 MTP boosting   11 acceptance of drafts   12 tables and figure   13 command
 Letters:   g groups (prompts)  n answers a prompt  r rollouts (g·n)  t tokens  v vocabulary  d model width  k prediction depth  b batch
@@ -64,7 +64,7 @@ class MOPDConfig:
     teacher_prompts: int = 4         # a step, ours; Ultra 128, 32 for software engineering  [RL]
     teacher_lr: float = 2e-4         # ours; Ultra 2.5e-6 to 3e-6  [RL]
     teacher_sft: int = 60            # steps of fine-tuning in the pipeline that begins with it, ours
-    pivot: tuple[int, int] = (24, 8)      # worked conversations that are cut, ours; local rollouts of each turn  [PivotRL: at least 8]
+    pivot: tuple[int, int] = (10, 8)      # worked conversations that are cut, ours; local rollouts of each turn  [PivotRL: at least 8]
     pivot_below: float = 0.9         # a turn worth training earns less in the mean, ours: the paper's bound is not known
     warmup: tuple[int, int] = (48, 12)    # questions that each teacher answers, and steps of SFT on what was right, ours; 0 steps = without
     sft_lr: float = 5e-4             # of the warmup and of teacher_sft, ours
@@ -73,7 +73,7 @@ class MOPDConfig:
     lr: float = 2e-4                 # of distillation, ours; Ultra 2e-6
     clip: float = 0.2                # ours: the report prints no epsilon
     icepop: tuple[float, float] = (0.5, 2.0)      # ours: Nemotron-Cascade 2's bounds, the report prints none
-    boost: tuple[int, int, int] = (80, 2, 512)    # steps of MTP boosting, packs a step, tokens a pack, ours; Ultra 12,000, 64, 8,192
+    boost: tuple[int, int, int] = (100, 2, 512)   # steps of MTP boosting, packs a step, tokens a pack, ours; Ultra 12,000, 64, 8,192
     boost_lr: float = 1e-3           # ours: the report prints none
     boost_rollouts: int = 256        # of the finished student, ours
     depths: int = 7                  # of the head that learn, and drafts that are measured  [Ultra]
@@ -100,7 +100,7 @@ class RLConfig:
     families: tuple[str, ...] = tasks.EASY    # questions by family; "all" = every one of data/tasks
     domains: tuple[str, ...] = ()    # only these; nothing = all. Ultra: RLVR in one stage over all, then teachers on one each
     level: int = 1                   # difficulty of the questions (0 the easiest), ours: one above those of stage 06; easier ones serve as well
-    steps: int = 24                  # ours; Ultra about 180  [RL]
+    steps: int = 30                  # ours; Ultra about 180  [RL]
     prompts: int = 8                 # a step, ours; Ultra 512
     answers: int = 8                 # a prompt, ours; Ultra 16
     max_tokens: int = 96             # most tokens a turn may have, ours; Ultra 48K, then 64K for a whole conversation
@@ -116,7 +116,7 @@ class RLConfig:
     medium: float = 0.025            # share of prompts asked at medium effort  [Ultra]
     effort: tuple[float, int] = (0.1, 32)         # their largest bonus, and tokens from which on length costs, ours: 32 of 96; Ultra 15,000 of 49,152
     overlong_filter: bool = False    # leave answers out that were cut at max_tokens  [Ultra: no; Nano: yes]
-    profile: tuple[int, int] = (10, 4)            # questions a family and level whose pass rate is measured first, and answers to each, ours
+    profile: tuple[int, int] = (32, 4)            # questions a family and level whose pass rate is measured first, and answers to each, ours
     band: tuple[float, float] = (0.1, 0.7)        # mean pass rate that a family's level must have to be used, ours
     curriculum: tuple[float, float, float] = (0.7, 0.3, 0.15)      # mean pass rate at the start, at the end, and width, ours: the report has words
     held_out: int = 4                # held-out questions a family and level, for the reward on them and for the final score

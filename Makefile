@@ -24,6 +24,7 @@ run: $(SETUP)
 	$(PY) 05_pretrain.py --fresh
 	$(PY) experiments/plot_run.py
 	$(PY) 06_sft.py --fresh
+	$(PY) 07_rlvr_mopd.py --fresh
 	@$(PY) experiments/table.py summary
 
 test: $(SETUP)

@@ -11,7 +11,7 @@ position, and neither model copies a string or finds a needle. What shows at onc
 
 Run:      python experiments/long_context.py                    # 3 min on a CPU, from out/pretrain's newest checkpoint; figure and rows in out/
           python experiments/long_context.py --steps 400 --save # a longer phase; its model goes to out/long_context
-          python experiments/long_context.py --from-checkpoint out/mine/pretrain/step-000600 --out experiments
+          python experiments/long_context.py --from-checkpoint out/mine/pretrain/step-000850 --out experiments
 Shows:    1  the phase   2  loss by position on held-out long documents   3  copy and needle   4  memory, time and cache by length
 Contents: 1 long documents   2 the phase   3 loss by position   4 copy and needle   5 memory and time   6 figure and command
 Letters:  b batch  t time  v vocabulary  n documents (rows of an evaluation)  r scored tokens
@@ -199,7 +199,7 @@ def starting_point(config: Config) -> tuple[Path, object]:
         batches = pretrain.Batches(data.train, pretrain.Blend.of(data.train, base.blend_switch), base.batch, base.seq, base.steps, base.seed)
         if not pretrain.start(base, data, batches).fit(base.steps): raise KeyboardInterrupt
         return pretrain.newest_checkpoint(base.home), data
-    if problem := pretrain.damage(checkpoint): raise ValueError(f"{problem}: give --from-checkpoint a folder like out/pretrain/step-000600.")
+    if problem := pretrain.damage(checkpoint): raise ValueError(f"{problem}: give --from-checkpoint a folder like out/pretrain/step-000850.")
     about = json.loads((checkpoint / "pretrain.json").read_text())
     data = pretrain.prepare_data(tuple(about["config"]["data"]), config.home / "data", model04.preset(about["config"]["preset"]).vocab)
     if pretrain.hash_of(data) != about["data"]:

@@ -21,7 +21,8 @@ STAGES = {"01_nvfp4": "what four bits keep and lose, and the three products of a
           "03_latentmoe": "a router, experts in a narrow latent, and what keeps them busy",
           "04_model": "the hybrid model with its multi-token head, checkpoints and text generation",
           "05_pretrain": "tokenizer, data, schedule, trainer: a model that learns from real text",
-          "06_sft": "chat format, reasoning modes, packing, tools: a model that answers"}
+          "06_sft": "chat format, reasoning modes, packing, tools: a model that answers",
+          "07_rlvr_mopd": "rollouts, GRPO in two processes, teachers, distillation from several of them, a boosted prediction head"}
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -82,7 +83,19 @@ def showed_06(rows):
             f"padding would fill {row['padded']:.0%}")
 
 
-SHOWED: dict[str, Callable] = dict(zip(STAGES, (showed_01, showed_02, showed_03, showed_04, showed_05, showed_06)))
+def showed_07(rows):
+    row = newest(rows, "07_rlvr_mopd")
+    if row is None: return None
+    mean = lambda by, domains: sum(by[d] for d in domains) / len(domains)
+    stages, taught = [name for name in row["accuracy"] if name != "teacher"], list(row["accuracy"]["teacher"])
+    line = ", ".join(f"{name} {mean(row['accuracy'][name], row['accuracy'][name]):.0%}" for name in stages)
+    drafts = ", ".join(f"{row['drafts'][f'before {way}']:.2f} to {row['drafts'][f'after {way}']:.2f} {way}" for way in ("greedy", "sampled"))
+    return (f"held-out questions answered exactly, mean over domains: {line}; where teachers are: RLVR {mean(row['accuracy']['RLVR'], taught):.0%}, "
+            f"{stages[-1]} {mean(row['accuracy'][stages[-1]], taught):.0%}, teachers {mean(row['accuracy']['teacher'], taught):.0%}; "
+            f"tokens a pass by boosting: {drafts}")
+
+
+SHOWED: dict[str, Callable] = dict(zip(STAGES, (showed_01, showed_02, showed_03, showed_04, showed_05, showed_06, showed_07)))
 
 
 def summary() -> None:
