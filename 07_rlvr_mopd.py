@@ -104,7 +104,7 @@ class RLConfig:
     prompts: int = 8                 # a step, ours; Ultra 512
     answers: int = 8                 # a prompt, ours; Ultra 16
     max_tokens: int = 96             # most tokens a turn may have, ours; Ultra 48K, then 64K for a whole conversation
-    lr: float = 5e-4                 # constant, ours; Ultra 4e-6
+    lr: float = 2e-4                 # constant, ours; Ultra 4e-6
     warmup_steps: int = 10           # from lr / 10  [RL: 4e-7 to 4e-6]
     sync: bool = False               # draw and learn in turns, in one process
     age: int = 1                     # most optimizer steps between the weights that begin an answer and those that learn from it  [Ultra]
