@@ -119,7 +119,7 @@ class RLConfig:
     profile: tuple[int, int] = (32, 4)            # questions a family and level whose pass rate is measured first, and answers to each, ours
     band: tuple[float, float] = (0.1, 0.7)        # mean pass rate that a family's level must have to be used, ours
     curriculum: tuple[float, float, float] = (0.7, 0.3, 0.15)      # mean pass rate at the start, at the end, and width, ours: the report has words
-    held_out: int = 4                # held-out questions a family and level, for the reward on them and for the final score
+    held_out: int = 4                # held-out questions a family and level, for the reward on them while training
     eval_every: int = 12             # steps between looks at the held-out reward; 0: never
     micro_batches: int = 4           # pieces a batch is learnt in, sorted by length; same loss, less padding and memory
     device: Literal["cpu", "cuda", "mps"] = "cpu"
@@ -680,10 +680,7 @@ def mopd_loss(logp_rt: Tensor, logp_prox_rt: Tensor, logp_gen_rt: Tensor, logp_t
     """
     advantage_rt = (logp_teacher_rt - logp_prox_rt).detach()
     weights_rt = importance_weights(logp_prox_rt, logp_gen_rt, "icepop", low, high)
-    ratio_rt = (logp_rt - logp_prox_rt.detach()).exp()
-    gain_rt = torch.minimum(ratio_rt * advantage_rt, ratio_rt.clamp(1 - clip, 1 + clip) * advantage_rt)
-    tokens = mask_rt.sum() if tokens is None else tokens
-    return -(gain_rt * weights_rt * mask_rt).sum() / torch.as_tensor(tokens).clamp(min=1)
+    return grpo_loss(logp_rt, logp_prox_rt.detach(), advantage_rt, mask_rt, weights_rt, clip, clip, tokens)
 
 
 @torch.no_grad()
