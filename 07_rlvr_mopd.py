@@ -448,7 +448,7 @@ class RLTrainer(pretrain.Trainer):
         rows, notes = self.source(self.model, self.step)
         self.batch, self.noted, waited = rows.to(self.config.device), {}, time.perf_counter() - began
         row = super().train_step()
-        means, real = {name: (x.cpu() / rows.tokens).tolist() for name, x in self.noted.items()}, int((rows.doc_rt >= 0).sum())
+        means, real = {name: (x.cpu() / rows.tokens.cpu()).tolist() for name, x in self.noted.items()}, int((rows.doc_rt >= 0).sum())
         row |= dict(notes, **means, learnt=int(rows.tokens), waited=round(waited, 4), tokens_per_s=round(real / row["seconds"], 1))
         if self.after is not None: row |= self.after(self)
         return row
