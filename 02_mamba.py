@@ -670,7 +670,9 @@ def pass_state(S_bhpn: Tensor, log_decay_bh: Tensor, doc_bt: Tensor | None, cont
 
 
 def ssd_across_ranks(x_bthp, dt_bth, A_h, B_btgn, C_btgn, D_h, chunk: int, doc_bt, context: ContextGroup, impl: str = "auto") -> Tensor:
-    """-> this rank's piece of the y_bthp that ssd_chunked gives for the whole sequence."""
+    """-> this rank's piece of the y_bthp that ssd_chunked gives for the whole sequence. The twin adds the state before it forms any output."""
+    if twin := nvfp4.find_twin("ssd", "ssd_across_ranks", impl, x_bthp):
+        return twin(x_bthp, dt_bth, A_h, B_btgn, C_btgn, D_h, chunk, doc_bt, context)
     y_bthp, S_bhpn = ssd_chunked(x_bthp, dt_bth, A_h, B_btgn, C_btgn, D_h, chunk, None, doc_bt, impl)
     p, g, pad_bt = x_bthp.shape[3], B_btgn.shape[2], padding(doc_bt)
     with full_precision(x_bthp):

@@ -16,6 +16,8 @@ The length of a chunk does not change the result, so `chunk` is checked and the 
 
     forward, few heads: not enough programs to fill a GPU, so time is cut too: 1. what every chunk adds to the state, all at once;
         2. the short walk over chunks that adds these up; 3. the outputs of every chunk, all at once.
+        A sequence on several GPUs takes these steps too: between 1 and 2 the ranks exchange what their pieces add up to, and 2 starts from what
+        lies before. On the way back the same exchange, reversed, gives dS at the piece's end.
     backward: the same walk (or the same three steps) from the last chunk to the first gives dS at the end of every chunk. Then one program a
         chunk and group loops over the group's heads, so that sums over heads gather in registers, and no head writes its own. In two kernels,
         for one that does it all has more live tiles than registers:
@@ -53,6 +55,8 @@ from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.interpreter import INTERPRETED, dot, narrow
+
+mamba = importlib.import_module("02_mamba")
 
 LOG2E = tl.constexpr(1.4426950408889634)        # the kernels keep running sums in powers of two: exp2 is one instruction, exp is two
 
@@ -279,15 +283,17 @@ def _additions(x_ptr, B_ptr, steps_ptr, seen_ptr, added_ptr, x_b, x_t, x_h, B_b,
 
 
 @triton.jit
-def _accumulate(added_ptr, keep_ptr, first_ptr, states_ptr, last_ptr, chunks, h, size, BLOCK: tl.constexpr, BACK: tl.constexpr):
-    """2. The walk, one number of the state a thread; leaves the state before every chunk (BACK: the gradient after it, last chunk first)."""
+def _accumulate(added_ptr, keep_ptr, first_ptr, states_ptr, last_ptr, chunks, h, size, BLOCK: tl.constexpr, BACK: tl.constexpr,
+                STORE: tl.constexpr = True):
+    """2. The walk, one number of the state a thread; leaves the state before every chunk (BACK: the gradient after it, last chunk first), and
+    without STORE the last one only."""
     bh, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     start, here = (bh // h * chunks * h + bh % h) * size, i < size
     S = tl.load(first_ptr + bh * size + i, mask=here, other=0.0)
     for k in range(chunks):
         c = chunks - 1 - k if BACK else k
         at = start + tl.cast(c, tl.int64) * h * size + i
-        tl.store(states_ptr + at, narrow(S, states_ptr.dtype.element_ty), mask=here)
+        if STORE: tl.store(states_ptr + at, narrow(S, states_ptr.dtype.element_ty), mask=here)
         S = S * tl.load(keep_ptr + bh * chunks + c) + tl.load(added_ptr + at, mask=here, other=0.0)
     tl.store(last_ptr + bh * size + i, S, mask=here)
 
@@ -496,14 +502,17 @@ def _describable(*tensors, P: int, N: int) -> bool:
 
 def _documents(doc_bt, long: int):
     """(segment, seen), int32 [b, long]: segments with padding given its neighbour's, and with padding, and what lies beyond the end, at -1."""
-    segment_bt = importlib.import_module("02_mamba").segments(doc_bt).int()
+    segment_bt = mamba.segments(doc_bt).int()
     beyond = (0, long - doc_bt.shape[1])
     last = segment_bt[:, -1:].expand(-1, beyond[1])
     return torch.cat([segment_bt, last], 1), F.pad(segment_bt.masked_fill(doc_bt < 0, -1), beyond, value=-1)
 
 
-def _forward(x, dt, A, B, C, D, S, doc_bt, tiles: dict, for_backward: bool):
-    """-> y, final state, and what the backward pass needs: steps, keep, seen, states (None without it)."""
+def _forward(x, dt, A, B, C, D, S, doc_bt, tiles: dict, for_backward: bool, enter=None):
+    """-> y, final state, and what the backward pass needs: steps, keep, seen, states (None without it).
+
+    enter: what the last state would be, had the tokens started from S -> the state that they do start from (not for a walk).
+    """
     (b, t, h, p), (g, n), chunk = x.shape, B.shape[2:], tiles["chunk"]
     chunks, sizes = triton.cdiv(t, chunk), _sizes(p, n, chunk, doc_bt)
     steps, keep = (torch.empty(*shape, device=x.device) for shape in ((b, h, 4, chunks * chunk), (b, h, chunks)))
@@ -527,13 +536,18 @@ def _forward(x, dt, A, B, C, D, S, doc_bt, tiles: dict, for_backward: bool):
     else:
         added = torch.empty(b, chunks, h, p, n, device=x.device)
         _additions[(h, chunks, b)](x, B, steps, seen, added, *strides, t, h, h // g, BACK=False, **sizes, **tiles["add"])
-        _accumulate[(b * h, triton.cdiv(p * n, 512))](added, keep, S, states, last, _count(chunks), h, p * n, BLOCK=512, BACK=False)
+        accumulate, more = _accumulate[(b * h, triton.cdiv(p * n, 512))], (states, last, _count(chunks), h, p * n)
+        if enter is not None:
+            accumulate(added, keep, S, *more, BLOCK=512, BACK=False, STORE=False)
+            S = enter(last)
+        accumulate(added, keep, S, *more, BLOCK=512, BACK=False)
         _outputs[(h, chunks, b)](x, B, C, D, steps, seen, states, y, *strides, *C.stride()[:3], t, h, h // g, **sizes, **tiles["outputs"])
     return y, last, (steps, keep, seen, states) if for_backward else None
 
 
-def _backward(dy, dlast, x, dt, A, B, C, D, doc_bt, steps, keep, seen, states, tiles: dict):
-    """-> gradients of x, dt, A, B, C, D and the first state."""
+def _backward(dy, dlast, x, dt, A, B, C, D, doc_bt, steps, keep, seen, states, tiles: dict, leave=None):
+    """-> gradients of x, dt, A, B, C, D and the first state. leave: the way back of `enter`, from the gradient of the state that entered, had
+    nobody read the last one -> the last one's gradient."""
     (b, t, h, p), (g, n), chunk, splits = x.shape, B.shape[2:], tiles["chunk"], tiles["splits"]
     chunks, sizes = triton.cdiv(t, chunk), _sizes(p, n, chunk, doc_bt)
     dstates, dfirst, strides = torch.empty_like(states), torch.empty_like(dlast), (*dy.stride()[:3], *C.stride()[:3])
@@ -542,7 +556,11 @@ def _backward(dy, dlast, x, dt, A, B, C, D, doc_bt, steps, keep, seen, states, t
     else:
         added = torch.empty(b, chunks, h, p, n, device=x.device)
         _additions[(h, chunks, b)](dy, C, steps, seen, added, *strides, t, h, h // g, BACK=True, **sizes, **tiles["add"])
-        _accumulate[(b * h, triton.cdiv(p * n, 512))](added, keep, dlast, dstates, dfirst, _count(chunks), h, p * n, BLOCK=512, BACK=True)
+        accumulate, more = _accumulate[(b * h, triton.cdiv(p * n, 512))], (dstates, dfirst, _count(chunks), h, p * n)
+        if leave is not None:
+            accumulate(added, keep, dlast, *more, BLOCK=512, BACK=True, STORE=False)
+            dlast = leave(dfirst)
+        accumulate(added, keep, dlast, *more, BLOCK=512, BACK=True)
 
     dx, dsteps = torch.empty(b, t, h, p, device=x.device, dtype=x.dtype), torch.empty(b, h, 4, chunks * chunk, device=x.device)
     dA, dD, ddt, ends = (torch.empty(*shape, device=x.device) for shape in ((b, chunks, h), (b, chunks, h), (b, t, h), (b, h, chunks, sizes["P"])))
@@ -574,30 +592,72 @@ class _ChunkedScan(torch.autograd.Function):
         return *_backward(_rows(dy), dlast.contiguous(), *ctx.saved_tensors, ctx.tiles), None, None
 
 
+class _ScanAcrossRanks(torch.autograd.Function):
+    """A rank's piece of a scan. The state enters when every chunk's addition is known, so that nothing is scanned twice and no output mended."""
+
+    @staticmethod
+    def forward(ctx, x, dt, A, B, C, D, log_bh, doc_bt, context, tiles):
+        def enter(last):
+            ctx.sent = last.detach().requires_grad_()
+            with torch.enable_grad(), mamba.full_precision(x): ctx.entered = mamba.pass_state(ctx.sent, log_bh, doc_bt, context)
+            return ctx.entered.detach().contiguous()
+
+        nothing = x.new_zeros(x.shape[0], x.shape[2], x.shape[3], B.shape[3], dtype=torch.float32)
+        y, _, kept = _forward(x, dt, A, B, C, D, nothing, doc_bt, tiles, True, enter)
+        ctx.save_for_backward(x, dt, A, B, C, D, doc_bt, *kept)
+        ctx.tiles = tiles
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        # what read the state after my last token are the ranks behind me: pass_state's own gradient brings theirs back. The decays it used need
+        # none from there: with the state that entered and the gradient that came back, the scan's own rule has all of it
+        leave = lambda dfirst: torch.autograd.grad(ctx.entered, ctx.sent, dfirst)[0].contiguous()
+        return *_backward(_rows(dy), torch.zeros_like(ctx.sent), *ctx.saved_tensors, ctx.tiles, leave)[:6], None, None, None, None
+
+
 def _check(x_bthp, dt_bth, A_h, B_btgn, C_btgn, D_h, chunk, state_bhpn, doc_bt) -> None:
     """The stage's sentences for arguments that do not fit, without its look at the values."""
     if chunk < 1: raise ValueError(f"chunk={chunk}: a chunk holds at least one token.")
     if x_bthp.dim() != 4 or B_btgn.dim() != 4:
         raise ValueError(f"x is [b, t, h, p] and B is [b, t, g, n]: got {tuple(x_bthp.shape)} and {tuple(B_btgn.shape)}.")
     (b, t, h, p), (g, n) = x_bthp.shape, B_btgn.shape[2:]
-    importlib.import_module("02_mamba").check_shapes(
+    mamba.check_shapes(
         {"dt_bth": (dt_bth, (b, t, h)), "A_h": (A_h, (h,)), "B_btgn": (B_btgn, (b, t, g, n)), "C_btgn": (C_btgn, (b, t, g, n)), "D_h": (D_h, (h,)),
          "state_bhpn": (state_bhpn, (b, h, p, n)), "doc_bt": (doc_bt, (b, t))}, b=b, t=t, h=h, p=p, g=g, n=n)
     if t == 0: raise ValueError("the sequence is empty: pass at least one token.")
     if h % g: raise ValueError(f"{h} heads cannot share B and C in {g} groups: the number of heads must be a multiple of the groups.")
 
 
+def _arguments(x_bthp, dt_bth, A_h, B_btgn, C_btgn, D_h) -> tuple:
+    """x, dt, A, B, C, D in the dtypes and layouts of the kernels."""
+    common = torch.promote_types(torch.promote_types(x_bthp.dtype, B_btgn.dtype), C_btgn.dtype)
+    common = torch.float32 if common == torch.float64 else common
+    x, B, C = (_rows(z.to(common)) for z in (x_bthp, B_btgn, C_btgn))
+    A, D = (z.to(torch.float32).contiguous() for z in (A_h, x_bthp.new_zeros(x_bthp.shape[2]) if D_h is None else D_h))
+    return x, dt_bth.to(torch.float32), A, B, C, D
+
+
 def ssd_chunked(x_bthp, dt_bth, A_h, B_btgn, C_btgn, D_h=None, chunk: int = 128, state_bhpn=None, doc_bt=None):
     """-> (y_bthp in x's dtype, final state_bhpn in fp32; both fp64 for fp64 inputs, computed in fp32). dt is after softplus and limits; A_h <= 0."""
     _check(x_bthp, dt_bth, A_h, B_btgn, C_btgn, D_h, chunk, state_bhpn, doc_bt)
     (b, t, h, p), (g, n) = x_bthp.shape, B_btgn.shape[2:]
-    common = torch.promote_types(torch.promote_types(x_bthp.dtype, B_btgn.dtype), C_btgn.dtype)
-    common = torch.float32 if common == torch.float64 else common
-    x, B, C = (_rows(z.to(common)) for z in (x_bthp, B_btgn, C_btgn))
-    D_h = x_bthp.new_zeros(h) if D_h is None else D_h
+    x, *others = _arguments(x_bthp, dt_bth, A_h, B_btgn, C_btgn, D_h)
     state_bhpn = x_bthp.new_zeros(b, h, p, n, dtype=torch.float32) if state_bhpn is None else state_bhpn
-    A, D, S = (z.to(torch.float32).contiguous() for z in (A_h, D_h, state_bhpn))
-    arguments = x, dt_bth.to(torch.float32), A, B, C, D, S, doc_bt, _tiles(b, t, h, g, p, n, x.element_size())
+    arguments = x, *others, state_bhpn.to(torch.float32).contiguous(), doc_bt, _tiles(b, t, h, g, p, n, x.element_size())
     if torch.is_grad_enabled() and any(z.requires_grad for z in arguments[:7]): y, last = _ChunkedScan.apply(*arguments)
     else: y, last, _ = _forward(*arguments, for_backward=False)
     return y.to(x_bthp.dtype), last.to(torch.float64 if x_bthp.dtype == torch.float64 else torch.float32)
+
+
+def ssd_across_ranks(x_bthp, dt_bth, A_h, B_btgn, C_btgn, D_h, chunk: int, doc_bt, context):
+    """-> this rank's piece of y_bthp, in x's dtype. context: 02_mamba.ContextGroup."""
+    _check(x_bthp, dt_bth, A_h, B_btgn, C_btgn, D_h, chunk, None, doc_bt)
+    (b, t, h, p), (g, n) = x_bthp.shape, B_btgn.shape[2:]
+    x, dt, A, *others = _arguments(x_bthp, dt_bth, A_h, B_btgn, C_btgn, D_h)
+    tiles = _tiles(b, t, h, g, p, n, x.element_size()) | dict(walk=False)      # a walk knows its last state when its outputs are written
+    with torch.no_grad():
+        pad_bt = mamba.padding(doc_bt)
+        log_bh = (dt if pad_bt is None else dt.masked_fill(pad_bt[..., None], 0)).sum(1) * A
+    return _ScanAcrossRanks.apply(x, dt, A, *others, log_bh, doc_bt, context, tiles).to(x_bthp.dtype)

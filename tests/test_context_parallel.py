@@ -35,6 +35,7 @@ DOCUMENTS = {
     "padding anywhere": [ids((-1, 2), (0, 3), (-1, 9), (0, 4), (1, 2), (-1, 4)), ids((-1, 7), (5, 2), (-1, 8), (5, 3), (6, 4))],
     "a row of padding": [ids((0, 24)), ids((-1, 24))],
 }
+SCANNED = ("one document", "a document over three pieces", "padding anywhere")      # by the interpreted twin, which is slow
 CASES = {name: dict(doc=doc) for name, doc in DOCUMENTS.items()} | {
     "a chunk longer than a piece": dict(doc=DOCUMENTS["borders inside pieces"], chunk=128),
     "pieces shorter than the taps": dict(t=8),
@@ -103,6 +104,22 @@ def by_hand(context):
     return out
 
 
+def scan(doc, context=None):
+    """y and the gradients of all inputs of a scan six times as long as `doc` says, so that a piece has several chunks: with the interpreted twin on
+    this rank's piece, or by the recurrence in fp64 on the whole. A loss that weighs every output."""
+    doc_bt = None if doc is None else torch.tensor(doc).repeat_interleave(6, 1)
+    whole = *mamba.random_inputs(2, 144, 2, 3, 1, 5, seed=1), torch.randn(2, 144, 2, 3, generator=torch.Generator().manual_seed(2))
+    length = 144 if context is None else 144 // context.size
+    begin, dtype = (0, torch.float64) if context is None else (length * context.rank, torch.float32)
+    piece = slice(begin, begin + length)
+    *inputs, weight = (z.to(dtype)[:, piece] if z.dim() > 2 else z.to(dtype) for z in whole)
+    inputs = [z.clone().requires_grad_() for z in inputs]
+    doc_bt = doc_bt if doc is None else doc_bt[:, piece]
+    y = mamba.ssd_recurrence(*inputs, None, doc_bt)[0] if context is None else mamba.ssd_across_ranks(*inputs, 5, doc_bt, context, "triton")
+    (y * weight).sum().backward()
+    return [y.detach(), *(z.grad for z in inputs)]
+
+
 def work(rank: int, world: int, folder: Path, backend: str) -> None:
     """One process: every case in every group it belongs to."""
     torch.set_num_threads(1)
@@ -116,6 +133,7 @@ def work(rank: int, world: int, folder: Path, backend: str) -> None:
             for name, case in CASES.items():
                 results[name, context.size] = answer(case, context, **kw)
             if backend == "gloo":
+                for name in SCANNED: results["scan", name, context.size] = scan(DOCUMENTS[name], context)
                 for name, case in LOW.items(): results[name, context.size] = answer(case | dict(doc=DOCUMENTS["borders inside pieces"]), context)
         if backend == "gloo": results["by hand"] = by_hand(mamba.ContextGroup(dist.group.WORLD))
         torch.save(results, folder / f"{rank}.pt")
@@ -192,6 +210,18 @@ def test_the_scan_over_ranks_is_the_recurrence_also_under_autocast(results):
     x, dt, A, B, C, D = (z.double() for z in mamba.random_inputs(2, 24, 4, 3, 2, 5, seed=0))
     oracle, _ = mamba.ssd_recurrence(x, dt, A, B, C, D, doc_bt=torch.tensor(DOCUMENTS["padding anywhere"]))
     assert gap(torch.cat(hand(results, "y"), 1), oracle) < 1e-6
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter, which a process with a GPU does not start")
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("name", SCANNED)
+def test_the_twin_lets_the_state_enter_between_its_steps(results, name, ranks):
+    """Against the definition in fp64, output and every gradient. Without the way back of the state dx and dB of earlier ranks are wrong, and without
+    what entered the decays' gradients are; fp32 rounds by 6e-8 and a few hundred sums."""
+    parts = [results[r]["scan", name, ranks] for r in (range(4) if ranks == 4 else (1, 3))]
+    for i, oracle in enumerate(scan(DOCUMENTS[name])):
+        ours = torch.cat([part[i] for part in parts], 1) if oracle.dim() > 2 else sum(part[i].double() for part in parts)
+        assert gap(ours, oracle) < 2e-5, ("y", "dx", "ddt", "dA", "dB", "dC", "dD")[i]
 
 
 # --- the pieces, by hand: four ranks with two tokens each
