@@ -796,11 +796,13 @@ class Completion:
 def sample(logits_bv: Tensor, temperature: float, top_p: float, u_b: Tensor) -> Tensor:
     """One token a row, [b], by inverting the cumulative distribution at u_b in [0, 1). temperature 0 takes the largest logit."""
     if temperature == 0: return logits_bv.max(-1).indices
-    p_bv, ids_bv = torch.softmax(logits_bv.double() / temperature, -1).sort(-1, descending=True)
+    p_bv, ids_bv = torch.softmax(logits_bv.double() / temperature, -1), None
+    if top_p < 1: p_bv, ids_bv = p_bv.sort(-1, descending=True)      # NOTE: takes longer than a small model's step, so only where something is cut
     cumulative_bv = p_bv.cumsum(-1)
     kept_bv = cumulative_bv - p_bv < top_p          # the token that crosses top_p stays in
     pick_b = torch.searchsorted(cumulative_bv, (u_b * (p_bv * kept_bv).sum(-1))[:, None], right=True)[:, 0]
-    return ids_bv.gather(1, torch.minimum(pick_b, kept_bv.sum(-1) - 1)[:, None])[:, 0]
+    pick_b = torch.minimum(pick_b, kept_bv.sum(-1) - 1)
+    return pick_b if ids_bv is None else ids_bv.gather(1, pick_b[:, None])[:, 0]
 
 
 def left_pad(prompts: list[list[int]], pad: int, device=None) -> tuple[Tensor, Tensor | None]:

@@ -117,6 +117,7 @@ class RLConfig:
     effort: tuple[float, int] = (0.1, 32)         # their largest bonus, and tokens from which on length costs, ours: 32 of 96; Ultra 15,000 of 49,152
     overlong_filter: bool = False    # leave answers out that were cut at max_tokens  [Ultra: no; Nano: yes]
     profile: tuple[int, int] = (32, 4)            # questions a family and level whose pass rate is measured first, and answers to each, ours
+    rows: int = 256                  # answers drawn at once for that, about, ours; a GPU takes as long for 2,048
     band: tuple[float, float] = (0.1, 0.7)        # mean pass rate that a family's level must have to be used, ours
     curriculum: tuple[float, float, float] = (0.7, 0.3, 0.15)      # mean pass rate at the start, at the end, and width, ours: the report has words
     held_out: int = 4                # held-out questions a family and level, for the reward on them while training
@@ -162,7 +163,7 @@ class RLConfig:
 
 
 # What may differ between a run and its continuation.
-FREE = {"out", "name", "device", "save_every", "held_out", "eval_every", "resume", "fresh", "sync", "age", "in_flight", "mopd"}
+FREE = {"out", "name", "device", "save_every", "held_out", "eval_every", "rows", "resume", "fresh", "sync", "age", "in_flight", "mopd"}
 
 
 # %% 2 · Rollouts
@@ -412,7 +413,8 @@ def profile(model: nemotron.Nemotron, engine: RolloutEngine, tokenizer: Tokenize
     """(question, pass rate under the present weights) of the training split, at config.level and at the easier ones."""
     asked = config.questions(config.profile[0], "train")
     n, found, draw = config.profile[1], [], Draw(engine, tokenizer, [], config.profile[1], config.sampling, nvfp4.draw_seed_for(config.seed, 1))
-    pieces = [asked[i:i + 256 // n + 1] for i in range(0, len(asked), 256 // n + 1)]      # ours: about 256 answers at once
+    some = config.rows // n + 1
+    pieces = [asked[i:i + some] for i in range(0, len(asked), some)]
     draw.plan = [[(task, "regular") for task in piece] for piece in pieces]
     for i, piece in enumerate(tqdm(pieces, desc="pass rates", unit="batch")):
         scores = [x.score for x in draw(model, i, 0)]
@@ -785,7 +787,7 @@ def boosting_loss(model: nemotron.Nemotron, batch: Batch, depths: int = 7, tempe
     for k in range(1, depths + 1):
         ids_bt, given_btd = nemotron.roll_document(ids_bt, doc_bt), history[-1]
         if mixing != "off" and k > 1:
-            given_btd = mix_hidden(history, torch.randint(int(mixing == "heads"), k, ids_bt.shape, device=ids_bt.device), doc_bt)
+            given_btd = mix_hidden(history, torch.randint(int(mixing == "heads"), k, ids_bt.shape).to(ids_bt.device), doc_bt)
         h_btd, balance = model.mtp(model.backbone.embeddings(ids_bt), given_btd, doc_bt, visible, run=model.run)
         history.append(h_btd)
         if balance is not None: balances.append(balance)
