@@ -136,6 +136,12 @@ def table_claims(rows: list[dict]) -> str:
                    f"{percent(whole['mean'], 2)} ({span}; {len(whole['seeds'])} seeds: {seeds}), {size}", "experiments/nvfp4_gap.py"),
                   ("the same in branches at 25, 50 and 80 % of that run", "0.27, 0.28, 0.25 % (Ultra)", ", ".join(left),
                    "experiments/nvfp4_gap.py")]
+        if recipe := gaps.get("whole-recipe"):
+            less = {name: row for name, row in gaps.items() if row["kind"] == "difference"}
+            few, many = (f(len(row["seeds"]) for row in less.values()) for f in (min, max))
+            lines.append(("gap of a short branch in 4 bits, and what is added without one ingredient", "each raises the loss (12B)",
+                          f"{percent(recipe['mean'], 2)}; " + ", ".join(f"{name} {percent(row['mean'], 2)}" for name, row in less.items())
+                          + f" ({few} or {many} seeds: too small to tell)", "experiments/nvfp4_gap.py --runs ablations"))
     if stats := newest(rows, "nvfp4_stats", all=True):
         share = stats["shares"]["Mamba output: input"]["flushed"]
         lines.append(("values of Mamba output projections that NVFP4 would flush to zero", "up to 40 % (Nano)",
