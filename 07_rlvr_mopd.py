@@ -411,9 +411,8 @@ def grpo_objective(config: RLConfig) -> Callable[[nemotron.Nemotron, Rows], Poli
 
 def profile(model: nemotron.Nemotron, engine: RolloutEngine, tokenizer: Tokenizer, config: RLConfig) -> list[tuple[tasks.Task, float]]:
     """(question, pass rate under the present weights) of the training split, at config.level and at the easier ones."""
-    asked = config.questions(config.profile[0], "train")
-    n, found, draw = config.profile[1], [], Draw(engine, tokenizer, [], config.profile[1], config.sampling, nvfp4.draw_seed_for(config.seed, 1))
-    some = config.rows // n + 1
+    asked, n = config.questions(config.profile[0], "train"), config.profile[1]
+    found, some, draw = [], config.rows // n + 1, Draw(engine, tokenizer, [], n, config.sampling, nvfp4.draw_seed_for(config.seed, 1))
     pieces = [asked[i:i + some] for i in range(0, len(asked), some)]
     draw.plan = [[(task, "regular") for task in piece] for piece in pieces]
     for i, piece in enumerate(tqdm(pieces, desc="pass rates", unit="batch")):
@@ -468,8 +467,7 @@ class RLTrainer(pretrain.Trainer):
 def fit_policy(trainer: RLTrainer, draw: Draw, config: RLConfig, read: Callable[[nemotron.Nemotron, list[Rollout]], Rows],
                after: Callable[[RLTrainer], dict] | None = None) -> bool:
     """Trains on all of draw.plan, with a worker or (config.sync) in turns; `read` makes rows of a step's rollouts. False when Ctrl-C ended it."""
-    threads, worker = torch.get_num_threads(), None
-    half = max(threads // 2, 1)
+    threads, half, worker = torch.get_num_threads(), max(torch.get_num_threads() // 2, 1), None
     if not config.sync:
         build = partial(nemotron.Nemotron, trainer.model.config)
         worker = Worker(draw, build, trainer.model, trainer.step, len(draw.plan), config.age, config.in_flight, half)
@@ -722,8 +720,8 @@ def warm_up(base: Path, teachers: dict[str, Path], config: RLConfig, m: MOPDConf
     return tune(samples, m.warmup[1], m.sft_lr, base, f"warmup{mark}", config) if samples and m.warmup[1] else base
 
 
-def distil(base: Path, teachers: dict[str, Path], config: RLConfig, m: MOPDConfig, mark: str = "", engine: RolloutEngine = sampled) -> Path:
-    """One round of MOPD: the worker draws batch n + 1 while the teachers score batch n and the learner takes its step."""
+def distillation(base: Path, teachers: dict[str, Path], config: RLConfig, m: MOPDConfig, mark: str = "", engine: RolloutEngine = sampled) -> tuple:
+    """What one round of MOPD asks (a Draw), how its rollouts become rows, and its settings."""
     own = replace(config, name=f"mopd{mark}", steps=m.steps, prompts=m.prompts, lr=m.lr, warmup_steps=min(config.warmup_steps, m.steps // 4))
     each = -(-m.steps * m.prompts // len(teachers))
     models = {domain: nemotron.load_checkpoint(folder).to(own.device).eval() for domain, folder in teachers.items()}
@@ -732,7 +730,13 @@ def distil(base: Path, teachers: dict[str, Path], config: RLConfig, m: MOPDConfi
     asked = sft.round_robin(rng.sample(some, len(some)) * -(-each // len(some)) for some in pool)
     pairs = [(task, "medium" if rng.random() < own.medium else "regular") for task in asked]
     draw = Draw(engine, Tokenizer.load(base), [pairs[i * m.prompts:(i + 1) * m.prompts] for i in range(m.steps)], 1, own.sampling, own.seed + 4)
-    return practise(draw, mopd_objective(m), lambda _, drawn: with_teachers(to_rows(drawn).to(own.device), drawn, models), base, own)
+    return draw, lambda _, drawn: with_teachers(to_rows(drawn).to(own.device), drawn, models), own
+
+
+def distil(base: Path, teachers: dict[str, Path], config: RLConfig, m: MOPDConfig, mark: str = "", engine: RolloutEngine = sampled) -> Path:
+    """One round of MOPD: the worker draws batch n + 1 while the teachers score batch n and the learner takes its step."""
+    draw, read, own = distillation(base, teachers, config, m, mark, engine)
+    return practise(draw, mopd_objective(m), read, base, own)
 
 
 def recovery_rate(student: float, before: float, teacher: float) -> float:
