@@ -50,8 +50,8 @@ Mode = sft.Mode
 Weighting = Literal["tis", "icepop"]
 Teacher = Literal["rlvr", "pivot", "sft"]
 Mixing = Literal["off", "heads", "trunk"]
-# ours: tool use learns turn by turn, as Ultra's agents do; where worked solutions help most, they come first
-TEACHERS: dict[str, Teacher] = dict(arithmetic="rlvr", numbers="rlvr", strings="sft", logic="rlvr", tools="pivot", instructions="sft")
+# ours: tool use learns turn by turn, as Ultra's agents do; where sampling hardly ever finds an answer, worked solutions come first
+TEACHERS: dict[str, Teacher] = dict(arithmetic="rlvr", numbers="rlvr", strings="sft", logic="sft", tools="pivot", instructions="sft")
 EDGES = (0.2, 0.5, 0.8, 0.95, 1.05, 1.25, 2.0, 5.0)      # ours: of the histogram of importance weights, the bounds of both modes among them
 
 

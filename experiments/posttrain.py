@@ -7,11 +7,11 @@ all checkpoints on the same held-out questions, and sets a 95 % interval to ever
     more-sft     control: from the SFT checkpoint, RLVR's wall seconds spent on more of the SFT's own data
     teachers-1, warmup-1, mopd-1, teachers-2, warmup-2, mopd-2      two rounds; the second one's teachers branch from the first one's student
     no-warmup    mopd-1 from the RLVR student itself
+    boost        acceptance of the head's drafts, before and after
+    effort       medium effort, and regular traces cut so that answers become as short
     full-kl      mopd-1 with the reverse KL over the whole vocabulary in place of the drawn token's
     rollouts-4   mopd-1 with a quarter of the prompts, four rollouts each
     grpo         RLVR goes on over all domains with as many rollouts' tokens as mopd-1 drew and learnt
-    boost        acceptance of the head's drafts, before and after
-    effort       medium effort, and regular traces cut so that answers become as short
     sft-worked   control: RLVR's wall seconds on worked solutions of levels 0 to 2, an expert's traces, which RLVR does not have
 A difference is taken question by question, then averaged over the seeds; 95 % is a bootstrap over the questions with the seeds held fixed. It says
 what other questions would have shown of these very models. What other seeds would show is another matter: each seed's value stands beside it.
@@ -128,16 +128,16 @@ class Config:
     teachers: tuple[str, ...] = ("numbers", "strings", "tools", "logic")
     teacher_steps: int = 16              # of RL a teacher, ours
     teacher_prompts: int = 16            # a step, with rl_answers answers each, ours
-    teacher_sft: int = 200               # steps of SFT of the kind of teacher that begins with it, ours
+    teacher_sft: int = 1200              # steps of SFT of the kind of teacher that begins with it, ours: 1.2M tokens
     pivot: tuple[int, int] = (150, 8)    # worked tool conversations that are cut, rollouts of each turn, ours
-    warmup: tuple[int, int] = (256, 40)  # questions a teacher, steps of SFT, ours
+    warmup: tuple[int, int] = (256, 100) # questions a teacher, steps of SFT, ours
     mopd_steps: int = 24                 # a round, ours; Nemotron-Cascade 2: 40 to 52
     mopd_prompts: int = 512              # a step, ours; Ultra 1,024
     mopd_lr: float = 2e-4                # ours: stage 07's
     boost: tuple[int, int, int] = (200, 16, 1024)        # steps, packs a step, tokens a pack, ours
     boost_rollouts: int = 1500           # of the finished student, ours
     depths: int = 7                      # drafts  [Ultra]
-    drafts: int = 400                    # held-out answers that acceptance is measured on, greedy and sampled, ours
+    drafts: int = 200                    # held-out answers that acceptance is measured on, greedy and sampled, ours
     tried: int = 60                      # validation questions a domain on which the budget of cut traces is chosen, ours
 
     def __post_init__(self):
@@ -163,8 +163,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "sft": (), "rlvr": ("sft",), "more-sft": ("sft", "rlvr"),
     "teachers-1": ("rlvr",), "warmup-1": ("teachers-1",), "mopd-1": ("warmup-1",),
     "teachers-2": ("mopd-1",), "warmup-2": ("teachers-2",), "mopd-2": ("warmup-2",),
-    "no-warmup": ("teachers-1",), "full-kl": ("warmup-1",), "rollouts-4": ("warmup-1",), "grpo": ("mopd-1",),
-    "boost": ("mopd-2",), "effort": ("mopd-2",), "sft-worked": ("sft", "rlvr")}
+    "no-warmup": ("teachers-1",), "boost": ("mopd-2",), "effort": ("mopd-2",),
+    "full-kl": ("warmup-1",), "rollouts-4": ("warmup-1",), "grpo": ("mopd-1",), "sft-worked": ("sft", "rlvr")}
 # ours: sizes for a CPU, families whose answers a model that can do little else gives now and then, so that there is something to reinforce
 SMALL = dict(model="micro", level=1, families=("gcd", "count_bits", "letter_counting", "shop"), megabytes=0.4, base_tokens=100_000, base_batch=4,
              base_seq=128, rows=256, held_out=24, sft_tokens=60_000, sft_steps=(240, 20), sft_pack=(384, 512), sft_batch=(2, 1), sft_lr=(4e-3, 5e-4),
