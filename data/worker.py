@@ -67,6 +67,11 @@ def work(draw: Callable, build: Callable[[], nn.Module], device: str, shared: Sh
         if os.environ.get("TRACEBACK"): raise
 
 
+def begin(pipe, *rest) -> None:
+    """What the new process runs: its first message is what it draws."""
+    work(pipe.recv(), *rest, pipe)
+
+
 class Worker:
     """A second process that draws while this one learns: draw(model, step, version of its weights) for steps `first` to `end`. build() makes another
     model of the same sizes. ValueError from take() when the process has failed or is gone."""
@@ -74,11 +79,18 @@ class Worker:
                  threads: int = 1):
         context = mp.get_context("spawn")
         self.shared, self.ready = SharedWeights(model, first), queue.Queue()
-        self.pipe, theirs = context.Pipe(duplex=False)
-        args = (draw, build, next(model.parameters()).device.type, self.shared, range(first, end), age, in_flight, threads, theirs)
-        self.process = context.Process(target=work, args=args, daemon=True)
+        self.pipe, theirs = context.Pipe()
+        args = (theirs, build, next(model.parameters()).device.type, self.shared, range(first, end), age, in_flight, threads)
+        self.process = context.Process(target=begin, args=args, daemon=True)
         self.process.start()
         theirs.close()      # or the end of the process would not be the end of the pipe
+        # PITFALL: among the arguments a long plan would fill the pipe that start() writes them to, and start() waits for ever for a process that has
+        # died before it read them
+        try: self.pipe.send(draw)
+        except OSError as error:
+            self.process.join(5)
+            raise ValueError(f"the generation worker died before it began, with exit code {self.process.exitcode}. It imports the script that was "
+                             'started: a script of your own must call this under  if __name__ == "__main__":  .') from error
         # NOTE: a pipe holds 64 KB and a batch is larger; without this thread the worker would wait until the learner reads
         threading.Thread(target=self.read, daemon=True).start()
 

@@ -8,9 +8,12 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -478,6 +481,16 @@ def test_one_step_off_policy_until_the_worker_is_killed(tokenizer, config, tmp_p
     assert [row["age"] for row in rows[:5]] == [0, 1, 1, 1, 1]
     assert rows[0]["dlogp"] < 1e-5 and all(1e-5 < row["dlogp"] < 0.5 for row in rows[2:])
     assert pretrain.newest_checkpoint(tmp_path / "a").name in ("step-000004", "step-000006")
+
+
+def test_a_worker_that_dies_before_it_begins_is_told_from_one_that_waits(tmp_path):
+    """A script without a main guard: the worker imports it, starts a worker itself and dies. Handed over by start(), a plan of more than 64 KB would
+    keep the learner waiting for ever."""
+    script = tmp_path / "unguarded.py"
+    script.write_text("import sys\nsys.path.insert(0, sys.argv[1])\nimport torch\nfrom data.worker import Worker\n"
+                      "Worker([0] * 200_000, torch.nn.Identity, torch.nn.Linear(1, 1), 0, 1)\n")
+    ended = subprocess.run([sys.executable, script, Path(stage.__file__).parent], capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 1 and "the generation worker died before it began, with exit code 1" in ended.stderr
 
 
 def test_what_a_worker_stumbles_over_reaches_the_user(tokenizer, config, tmp_path):
