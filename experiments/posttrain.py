@@ -157,6 +157,7 @@ class Config:
         return json.loads(json.dumps({f.name: getattr(self, f.name) for f in fields(self) if f.name not in FREE}))
 
 
+SAMPLED = ("sft", "rlvr", "more-sft", "mopd-2")      # checkpoints whose sampled answers are scored as well: RL raises what is drawn
 FREE = {"report", "seeds", "phases", "minutes", "grace", "device", "home", "out", "figure", "files", "sync", "rows"}
 # phase -> those that must be done before it; the order is that of importance
 NEEDS: dict[str, tuple[str, ...]] = {
@@ -229,7 +230,8 @@ def write_json(path: Path, value) -> None:
 
 
 # %% 3 · Questions and scores
-# The same held-out questions for every seed and checkpoint, greedy. Kept are bits, a question each, so that any two checkpoints can be paired later.
+# The same held-out questions for every seed and checkpoint, greedy, and for those in SAMPLED also at temperature 1. Kept are bits, a question each,
+# so that any two checkpoints can be paired later.
 
 def ask(config: Config, n: int, split: str) -> dict[str, list]:
     """domain -> at most n different questions, its families and levels in turn; drawn with seed 0 whatever the run's."""
@@ -247,21 +249,23 @@ def digest(asked: dict[str, list]) -> str:
 
 
 @dataclass(frozen=True)
-class Greedy:
-    """A rollout engine: the likeliest token always, `rows` prompts of about one length at a time.
+class InPieces:
+    """A rollout engine: `rows` prompts of about one length at a time; the likeliest token always, or sampled as the model card says.
 
     cut: a turn's trace ends after so many tokens. </think> is put behind them and the model goes on from there, as a client with a budget has it.
     """
     rows: int
     cut: int | None = None
+    sampled: bool = False
 
     def __call__(self, model, prompts: list[list[int]], sampling) -> list:
-        order, out, sampling = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [None] * len(prompts), replace(sampling, temperature=0.0)
+        order, out = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [None] * len(prompts)
+        sampling = replace(sampling, temperature=1.0, top_p=0.95) if self.sampled else replace(sampling, temperature=0.0)      # [Ultra's model card]
         for start in range(0, len(order), self.rows):
             some = order[start:start + self.rows]
             drawn = nemotron.generate(model, [prompts[i] for i in some], sampling)
             if self.cut is not None: drawn = self.cut_traces(model, [prompts[i] for i in some], drawn, sampling)
-            for i, new in zip(some, drawn): out[i] = replace(new, logprobs=[0.0] * len(new.ids))      # greedy: nothing learns from them
+            for i, new in zip(some, drawn): out[i] = replace(new, logprobs=[0.0] * len(new.ids))      # nothing learns from them
         return out
 
     def cut_traces(self, model, prompts: list[list[int]], drawn: list, sampling) -> list:
@@ -279,11 +283,12 @@ class Scores(NamedTuple):
     tokens: dict[str, np.ndarray]     # domain -> tokens written, over all turns
 
 
-def play(folder: Path, asked: dict[str, list], config: Config, mode: str = "regular", cut: int | None = None) -> Scores:
-    """A checkpoint's greedy answers. Tools answer; the last turn is scored."""
+def play(folder: Path, asked: dict[str, list], config: Config, mode: str = "regular", cut: int | None = None,
+         sampled: bool = False) -> Scores:
+    """A checkpoint's answers. Tools answer; the last turn is scored."""
     model, every = nemotron.load_checkpoint(folder).to(config.device).eval(), [task for some in asked.values() for task in some]
-    sampling = nemotron.SamplingParams(max_tokens=config.max_tokens, temperature=1.0, top_p=1.0)      # what rollouts asks for; Greedy overrules it
-    drawn = iter(rl.rollouts(Greedy(config.rows, cut), model, sft.Tokenizer.load(folder), every, [mode] * len(every), sampling))
+    sampling = nemotron.SamplingParams(max_tokens=config.max_tokens, temperature=1.0, top_p=1.0)      # what rollouts asks for; InPieces overrules it
+    drawn = iter(rl.rollouts(InPieces(config.rows, cut, sampled), model, sft.Tokenizer.load(folder), every, [mode] * len(every), sampling))
     mine = {domain: list(itertools.islice(drawn, len(some))) for domain, some in asked.items()}
     return Scores({d: np.array([x.score == 1 for x in some], dtype=bool) for d, some in mine.items()},
                   {d: np.array([sum(x.learn) for x in some]) for d, some in mine.items()})
@@ -530,7 +535,7 @@ def boost(run: Run) -> dict:
     boosted = rl.boost_mtp(student, settings, run.mopd)
     models = {name: nemotron.load_checkpoint(x).to(c.device).eval() for name, x in dict(before=student, after=boosted).items()}
     asked, found = sft.round_robin(questions(c).values())[:c.drafts], {}
-    for way, engine in (("greedy", Greedy(c.rows)), ("sampled", rl.sampled)):      # both have one trunk, so either may write
+    for way, engine in (("greedy", InPieces(c.rows)), ("sampled", rl.sampled)):      # both have one trunk, so either may write
         drawn = rl.answer(models["after"], asked, settings, sft.Tokenizer.load(student), engine)
         found |= {f"{name} {way}": count_drafts(model, drawn, c.depths, way == "greedy")._asdict() for name, model in models.items()}
     return dict(folder=boosted, scores={}, drafts=found)
@@ -638,7 +643,9 @@ def run_seed(config: Config, seed: int, base: Path, deadline: float) -> list[str
                     do(run, phase)
                     gc.collect()
                     if config.device == "cuda": torch.cuda.empty_cache()
-                for name, (folder, domain) in run.mark(phase)["scores"].items(): score(run, name, run.path(folder), domain)
+                for name, (folder, domain) in run.mark(phase)["scores"].items():
+                    score(run, name, run.path(folder), domain)
+                    if name in SAMPLED: score(run, f"{name}-sampled", run.path(folder), domain, sampled=True)
         except KeyboardInterrupt:
             if not late(): raise
         finally: pack_seed(run)
@@ -805,6 +812,9 @@ DIFFERENCES: list[tuple[str, str, str, float | None, str]] = [
     ("RLVR - SFT", "rlvr", "sft", 8.0, "above"),
     ("RLVR - more SFT of equal time", "rlvr", "more-sft", 8.0, "above"),
     ("RLVR - SFT on RLVR's levels, equal time (expert's traces)", "rlvr", "sft-worked", None, "above"),
+    ("RLVR - SFT, sampled", "rlvr-sampled", "sft-sampled", 8.0, "above"),
+    ("RLVR - more SFT of equal time, sampled", "rlvr-sampled", "more-sft-sampled", 8.0, "above"),
+    ("MOPD round 2 - RLVR, sampled", "mopd-2-sampled", "rlvr-sampled", -3.0, "above"),
     ("MOPD round 1 - RLVR", "mopd-1", "rlvr", None, "above"),
     ("MOPD round 2 - RLVR", "mopd-2", "rlvr", -3.0, "above"),
     ("MOPD with warmup - without", "mopd-1", "no-warmup", 0.0, "above"),

@@ -165,19 +165,19 @@ def test_a_trace_is_cut_behind_exactly_n_tokens(monkeypatch):
     script = Script({1: [50, 51, end, 9, 11], 2: [60, 61, 62, end, 9, 11], 3: [70, 71, 72, 73, end, 9, 11]})
     monkeypatch.setattr(experiment.nemotron, "generate", script)
     sampling = nemotron.SamplingParams(max_tokens=10)
-    short, exact, cut = experiment.Greedy(8, 3)(None, [[1], [2, 2], [3, 3, 3]], sampling)
+    short, exact, cut = experiment.InPieces(8, 3)(None, [[1], [2, 2], [3, 3, 3]], sampling)
     assert short.ids == script.answers[1] and exact.ids == script.answers[2]
     assert cut.ids == [70, 71, 72, end, 7, 11] and cut.finished and len(cut.logprobs) == 6
     prompts, used = script.seen[1]
     assert prompts == [[3, 3, 3, 70, 71, 72, end]] and used.max_tokens == 10 - 3 - 1 and used.temperature == 0
-    nothing = experiment.Greedy(8, 0)(None, [[1]], sampling)[0]
+    nothing = experiment.InPieces(8, 0)(None, [[1]], sampling)[0]
     assert nothing.ids == [end, 7, 11]
 
 
 def test_an_answer_without_end_of_thought_is_cut_as_well(monkeypatch):
     """A client does not wait for </think>: a trace that runs on to the limit, or stops early without it, is cut when it is longer than the budget."""
     monkeypatch.setattr(experiment.nemotron, "generate", Script({1: [50] * 9, 2: [51, 52, 11]}))
-    long, short = experiment.Greedy(8, 4)(None, [[1], [2]], nemotron.SamplingParams(max_tokens=9))
+    long, short = experiment.InPieces(8, 4)(None, [[1], [2]], nemotron.SamplingParams(max_tokens=9))
     assert long.ids == [50] * 4 + [sft.END_THINK, 7, 11] and short.ids == [51, 52, 11]
 
 
@@ -206,8 +206,12 @@ def test_pieces_and_their_order_change_no_answer():
     prompts = [rng.integers(12, 300, size=n).tolist() for n in (7, 3, 9, 4, 5)]
     sampling = nemotron.SamplingParams(max_tokens=6)
     alone = [nemotron.generate(model, [p], replace(sampling, temperature=0.0))[0].ids for p in prompts]
-    assert [x.ids for x in experiment.Greedy(2)(model, prompts, sampling)] == alone
-    assert [x.ids for x in experiment.Greedy(64)(model, prompts, sampling)] == alone
+    assert [x.ids for x in experiment.InPieces(2)(model, prompts, sampling)] == alone
+    assert [x.ids for x in experiment.InPieces(64)(model, prompts, sampling)] == alone
+    order = sorted(prompts, key=len)
+    drawn = nemotron.generate(model, order, replace(sampling, temperature=1.0, top_p=0.95))
+    sampled = experiment.InPieces(64, sampled=True)(model, prompts, sampling)
+    assert [x.ids for x in sampled] == [drawn[order.index(p)].ids for p in prompts] != alone
 
 
 def test_the_budget_is_the_one_whose_length_is_nearest():
@@ -558,7 +562,8 @@ def test_the_whole_pipeline_runs_from_the_command_line(tmp_path, monkeypatch, ca
     files = [json.loads((tmp_path / "home" / f"seed-{i}.json").read_text()) for i in (0, 1)]
     assert [*files[0]["phases"]] == [*experiment.NEEDS] and [*files[1]["phases"]] == ["sft", "rlvr", "more-sft"]
     assert files[0]["digest"] == files[1]["digest"]
-    assert files[0]["scores"].keys() >= {"sft", "sft-two-thirds", "rlvr", "more-sft", "sft-worked", "mopd-2", "full-kl", "rlvr-cut", "mopd-2-medium"}
+    assert files[0]["scores"].keys() >= {"sft", "sft-two-thirds", "rlvr", "more-sft", "sft-worked", "mopd-2", "rlvr-sampled", "full-kl",
+                                            "rlvr-cut", "mopd-2-medium"}
     for i, x in enumerate(files):
         metrics = lambda phase, i=i: [json.loads(line) for path in (tmp_path / "home" / f"seed-{i}" / phase).glob("*/metrics.jsonl")
                                       for line in path.read_text().splitlines()]
