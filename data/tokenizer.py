@@ -64,15 +64,13 @@ CHAR_BYTES = {ord(char): b for b, char in BYTE_CHARS.items()}
 
 
 def spell(token: bytes) -> str:
-    """b" a\\n" -> "ĠaĊ" """
+    """A token as the file writes it:  b" a\\n" -> "ĠaĊ" """
     return token.decode("latin-1").translate(BYTE_CHARS)
 
 
-def unspell(token: str, where: str = "tokenizer.json") -> bytes:
-    """"ĠaĊ" -> b" a\\n"; ValueError for characters that stand for no byte."""
-    if not token or not CHAR_BYTES.keys() >= {*map(ord, token)}:
-        raise ValueError(f"{where}: token {token!r} is not spelled in bytes, so this is no byte-level BPE; only such tokenizers can be read.")
-    return token.translate(CHAR_BYTES).encode("latin-1")
+def unspell(token: str) -> bytes | None:
+    """The way back:  "ĠaĊ" -> b" a\\n"; None for characters that stand for no byte."""
+    return token.translate(CHAR_BYTES).encode("latin-1") if token and CHAR_BYTES.keys() >= {*map(ord, token)} else None
 
 
 def splits(token: bytes, ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
@@ -102,22 +100,21 @@ def text_pattern(file: Path, spec: dict) -> str:
                          f"pre_tokenizer {[step.get('type') for step in steps]}): a BPE behind Split and ByteLevel can be read.")
     split, level = steps
     pattern = (split.get("pattern") or {}).get("Regex")
-    if not pattern or split.get("behavior") != "Isolated" or split.get("invert") or level.get("add_prefix_space") or level.get("use_regex"):
+    if not pattern or split.get("behavior") != "Isolated" or split.get("invert") or level.get("add_prefix_space") or level.get("use_regex", True):
         raise ValueError(f"{file} cuts text in another way than at the matches of one pattern: only that can be read.")
     return pattern
 
 
-def check_merges(file: Path, merges: list, ranks: dict[bytes, int], whole_words: bool) -> None:
+def check_merges(file: Path, merges: list, tokens: dict[str, bytes], ranks: dict[bytes, int], whole_words: bool) -> None:
     """ValueError unless tiktoken, which knows ranks only, gives the ids that these merges give, on every text.
 
-    whole_words: the model looks a word up before it merges (ignore_merges), as tiktoken does."""
+    tokens: spelling -> bytes. whole_words: the model looks a word up before it merges (ignore_merges), as tiktoken does."""
     listed, before = set(), -1
     for merge in merges:
         pair = merge.split(" ") if isinstance(merge, str) else merge
-        if len(pair) != 2: raise ValueError(f"{file}: merge {merge!r} is no pair of tokens.")
-        a, b = (unspell(part, str(file)) for part in pair)
-        if not (a in ranks and b in ranks and a + b in ranks):
-            raise ValueError(f"{file}: merge {' + '.join(pair)} makes or takes a token that the vocabulary does not have.")
+        a, b = (tokens.get(part) for part in pair) if len(pair) == 2 else (None, None)
+        if a is None or b is None or a + b not in ranks:
+            raise ValueError(f"{file}: merge {' + '.join(pair)} takes or makes a token that the vocabulary does not have.")
         if ranks[a + b] < before:
             raise ValueError(f"{file}: merge {' + '.join(pair)} comes behind a merge that makes a higher id; ids must follow their order.")
         before = ranks[a + b]
@@ -201,7 +198,7 @@ CHAT_TEMPLATE = r"""
     {%- set reasoning = (message.reasoning or message.reasoning_content or "") if thinking else "" -%}
     {%- set thought = reasoning | trim | length > 0 -%}
     {%- set content = message.content or "" -%}
-    {%- if nano and thought and not (history and calls) -%}{%- set content = "\n" ~ content -%}{%- endif -%}
+    {%- if nano and thought -%}{%- set content = "\n" ~ content -%}{%- endif -%}
     {%- if not (history and calls) -%}{%- set content = content.rstrip() -%}
     {%- elif nano -%}{%- set content = content | trim -%}{%- endif -%}
     {{- "<|im_start|>assistant\n<think>" -}}
@@ -267,22 +264,30 @@ class Tokenizer:
         """
         file = Path(directory) / "tokenizer.json"
         if not file.exists(): raise ValueError(f"{directory} has no tokenizer.json: give a folder with a released tokenizer.")
-        try: spec = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error: raise ValueError(f"{file} is cut short or damaged ({error}): copy it again.") from None
+        try: spec = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error: raise ValueError(f"{file} is cut short or damaged ({error}): copy it again.") from None
         pattern = text_pattern(file, spec)
         specials = {token["content"]: token["id"] for token in sorted(spec.get("added_tokens") or (), key=lambda token: token["id"])}
-        text = {unspell(token, str(file)): i for token, i in spec["model"]["vocab"].items() if token not in specials}
-        for i, found in enumerate(sorted([*specials.values(), *text.values()])):
+        ids = {token: i for token, i in (spec["model"].get("vocab") or {}).items() if token not in specials}
+        tokens = {token: unspell(token) for token in ids}
+        if None in tokens.values():
+            strange = next(token for token in tokens if tokens[token] is None)
+            raise ValueError(f"{file}: token {strange!r} is not spelled in bytes, so this is no byte-level BPE.")
+        for i, found in enumerate(sorted([*specials.values(), *ids.values()])):
             if found < i: raise ValueError(f"{file}: two tokens have id {found}; each needs its own.")
             if found > i: raise ValueError(f"{file}: no token has id {i}, and others have higher ids; they must run from 0 without a gap.")
         if list(specials.values()) != list(range(len(specials))):
             raise ValueError(f"{file}: its special tokens are not the first {len(specials)} ids, as Nemotron's are.")
         for name, i in SPECIALS.items():
             if specials.get(name) != i: raise ValueError(f"{file}: {name} has id {specials.get(name)}, and the chat format here needs it at {i}.")
-        ranks = {b: i - len(specials) for b, i in sorted(text.items(), key=lambda item: item[1])}
+        ranks = {tokens[token]: ids[token] - len(specials) for token in sorted(ids, key=ids.get)}
         if missing := [b for b in range(256) if bytes([b]) not in ranks]: raise ValueError(f"{file}: no token stands for byte {missing[0]}.")
-        check_merges(file, spec["model"]["merges"], ranks, bool(spec["model"].get("ignore_merges")))
-        return cls(ranks, pattern, specials)
+        check_merges(file, spec["model"].get("merges") or [], tokens, ranks, bool(spec["model"].get("ignore_merges")))
+        tokenizer, probe = cls(ranks, pattern, specials), "".join(map(chr, range(0xD800)))
+        # PITFALL: tiktoken drops what the pattern does not match, where tokenizers makes a word of it
+        if tokenizer.decode(tokenizer.encode(probe)) != probe:
+            raise ValueError(f"{file}: its pattern leaves characters out, whose ids cannot be had here.")
+        return tokenizer
 
     def __len__(self) -> int: return self.reserved + len(self.ranks)
 
@@ -304,12 +309,11 @@ class Tokenizer:
     def files(self) -> dict[str, str]:
         """name -> text of what save writes, made once: a run saves its tokenizer with every checkpoint.
 
-        Beside each token tokenizer.json lists every pair that could make it, as transformers' own converter does; only one of them ever comes up.
+        Beside each token tokenizer.json lists every pair that could make it, as transformers' own converter does; at most one of them ever comes up.
         """
         ordered = sorted(self.ranks, key=self.ranks.get)
         spelled = {b: spell(b) for b in ordered}
-        rank_pair = lambda pair: (self.ranks[pair[0]], self.ranks[pair[1]])
-        merges = [[spelled[a], spelled[b]] for token in ordered for a, b in sorted(splits(token, self.ranks), key=rank_pair)]
+        merges = [[spelled[a], spelled[b]] for token in ordered for a, b in splits(token, self.ranks)]
         level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=False)
         split = dict(type="Split", pattern=dict(Regex=self.pattern), behavior="Isolated", invert=False)
         added = [dict(id=i, content=name, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
