@@ -698,8 +698,7 @@ def save_checkpoint(directory: str | Path, model: Nemotron, tokenizer=None, shar
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    shards: list[dict[str, Tensor]] = [{}]
-    size = total = 0
+    shards, size, total = [{}], 0, 0
     for name, tensor in released_tensors(model):
         nbytes = tensor.numel() * tensor.element_size()
         if shards[-1] and size + nbytes > shard_bytes: shards.append({}); size = 0
@@ -744,7 +743,9 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu", d
     directory = Path(directory)
     if not (directory / "config.json").exists():
         raise ValueError(f"{directory} has no config.json: give a local checkpoint directory (nothing is downloaded here).")
-    config = ModelConfig.from_dict(json.loads((directory / "config.json").read_text()))
+    released = json.loads((directory / "config.json").read_text())
+    if "quantization_config" in released: raise ValueError(f"{directory} is quantized: open it with load_quantized of 08_infer.py.")
+    config = ModelConfig.from_dict(released)
     shapes = {name: (tuple(t.shape), t.dtype) for name, t in read_tensors(directory)}
     if not any(name.startswith("mtp.") for name in shapes): config = replace(config, mtp_pattern="", mtp_depths=0)
     with torch.device("meta"): model = Nemotron(config)
@@ -800,8 +801,7 @@ def sample(logits_bv: Tensor, temperature: float, top_p: float, u_b: Tensor) -> 
     if top_p < 1: p_bv, ids_bv = p_bv.sort(-1, descending=True)      # NOTE: takes longer than a small model's step, so only where something is cut
     cumulative_bv = p_bv.cumsum(-1)
     kept_bv = cumulative_bv - p_bv < top_p          # the token that crosses top_p stays in
-    pick_b = torch.searchsorted(cumulative_bv, (u_b * (p_bv * kept_bv).sum(-1))[:, None], right=True)[:, 0]
-    pick_b = torch.minimum(pick_b, kept_bv.sum(-1) - 1)
+    pick_b = torch.minimum(torch.searchsorted(cumulative_bv, (u_b * (p_bv * kept_bv).sum(-1))[:, None], right=True)[:, 0], kept_bv.sum(-1) - 1)
     return pick_b if ids_bv is None else ids_bv.gather(1, pick_b[:, None])[:, 0]
 
 
