@@ -319,8 +319,11 @@ def test_a_phase_that_runs_over_is_stopped_and_left_to_the_next_call(tmp_path, r
     before = signal.getsignal(signal.SIGTERM)
     assert experiment.run_seed(config, 0, tmp_path, time.monotonic() + 0.2) == ["rlvr"]
     assert time.monotonic() - began < 5 and signal.getsignal(signal.SIGTERM) is before
+    was = signal.signal(signal.SIGINT, signal.default_int_handler)      # a process of pytest-xdist ignores it
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt): experiment.run_seed(config, 0, tmp_path, math.inf)
+    try:
+        with pytest.raises(KeyboardInterrupt): experiment.run_seed(config, 0, tmp_path, math.inf)
+    finally: signal.signal(signal.SIGINT, was)
 
 
 def test_seeds_run_side_by_side_and_one_that_fails_stops_nobody(tmp_path, capsys):
