@@ -926,10 +926,10 @@ def print_recovery(scores: dict[str, dict[str, np.ndarray]]) -> dict[str, float 
     cell = lambda x: "{:.0%} ({:.0%} to {:.0%})".format(x.mean(), *sft.wilson(x.sum(), len(x)))
     for domain, before in scores["RLVR"].items():
         mine, teacher = [scores[name].get(domain) for name in stages], scores["teacher"].get(domain)
-        gap = teacher is not None and teacher.mean() != before.mean()
+        gap = teacher is not None and teacher.mean() > before.mean()
         out[domain] = (recovery_rate(scores[last][domain].mean(), before.mean(), teacher.mean()) or 0.0) if gap else None
         interval = recovery_interval(scores[last][domain], before, teacher) if gap else None
-        shown = "no teacher" if teacher is None else "no gap" if not gap else f"{out[domain]:.0%}, " + (
+        shown = "no teacher" if teacher is None else "not ahead" if not gap else f"{out[domain]:.0%}, " + (
             "{:.0%} to {:.0%}".format(*interval) if interval else "gap not clear")
         table.append([f"{domain} ({len(before)})", *("-" if x is None else cell(x) for x in mine), shown])
     nvfp4.print_table(f"held-out questions answered exactly (95 % interval), and recovery = ({last} - RLVR) / (teacher - RLVR)",

@@ -1,38 +1,47 @@
-"""08 · Inference: a trained checkpoint in 4 and 8 bits, written as NVIDIA writes it, and a model that computes with it.
+"""08 · Inference: a trained checkpoint in 4 and 8 bits, caches in slots, continuous batching, drafts that are verified and rolled back, budgets.
 
-Left out:  FP8 tensor cores (on a GPU the FP8 layers multiply in 16 bits), AWQ, quantization-aware training.
-Sources:   [Ultra] Nemotron 3 Ultra report, arXiv 2606.15007 · [ModelOpt] NVIDIA Model-Optimizer: its export, its recipe nvfp4-46-max for Ultra
-Run:       python 08_infer.py quantize                     # 10 s, CPU: the newest checkpoint in out/boosted, into out/quantized
+Left out:  CUDA graphs (section 5 says what one would capture), a prefix cache, trees of drafts, several devices, FP8 tensor cores (on a GPU the
+           FP8 layers multiply in 16 bits), AWQ, quantization-aware training
+Sources:   [Ultra] Nemotron 3 Ultra report, arXiv 2606.15007 · [Card] its model card · [ModelOpt] NVIDIA Model-Optimizer: its export, its recipe
+           nvfp4-46-max for Ultra · [vLLM] its nemotron_h_mtp and Mamba states · [Replay] TensorRT-LLM and FlashInfer
+           [Leviathan] Speculative Decoding, arXiv 2211.17192
+Run:       python 08_infer.py quantize                     # 20 s, CPU: the newest checkpoint in out/boosted, into out/quantized
            python 08_infer.py quantize --base out/sft --out out/quantized --scale-rule mse
            python 08_infer.py quantize --preset ultra      # 6 s, CPU: what 560 billion parameters take, from their shapes alone
-Contents:  1 precision   2 quantize a checkpoint   3 compute with it   4 command
-Letters:   b batch  t time  e experts  k chosen experts  l latent  f expert width  r flattened rows (b·t)  q rows sorted by expert;
-           o output features, i input features of a linear layer
+Contents:  1 precision   2 quantize a checkpoint   3 compute with it   4 slot caches   5 sampling and drafts   6 engine   7 reasoning budget
+           8 command
+Letters:   b batch, or slots  r rows: of one pass, or flattened (b·t)  t time  s cached time  k drafts, or chosen experts  w a window (k + 1)
+           d model width  v vocabulary  h heads  p head width  g groups  n state  c conv channels  e experts  l latent  f expert width
+           q rows sorted by expert;  o output features, i input features of a linear layer; i places of an answer
 """
 from __future__ import annotations
 
+import codecs
 import importlib
 import json
 import re
 import shutil
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.batches import Batch
 from data.tokenizer import Tokenizer
 
-nvfp4, moe, nemotron, pretrain, sft = (importlib.import_module(name) for name in ("01_nvfp4", "03_latentmoe", "04_model", "05_pretrain", "06_sft"))
+nvfp4, mamba, moe, nemotron, pretrain, sft = (importlib.import_module(name) for name in (
+    "01_nvfp4", "02_mamba", "03_latentmoe", "04_model", "05_pretrain", "06_sft"))
 
 # %% 1 · Precision  [Ultra, quantization; ModelOpt]
 # The released Ultra, as data; the first pattern that matches a name wins. Routed experts are most of the parameters, and each is read by few tokens:
@@ -356,7 +365,521 @@ def load_quantized(directory: str | Path, device: str | torch.device = "cpu", dt
     return model
 
 
-# %% 4 · Command
+# %% 4 · Slot caches  [Ultra, inference]
+# A server holds a fixed number of slots; a sequence lives in one until it ends. Tensors keep shape and address for good, and how far each slot is
+# filled stands in tensors of lengths: what a CUDA graph needs. A pass over tokens that may be rejected must be taken back. Keys and values: by the
+# length. Conv window: cut at the accepted length out of the inputs that the pass keeps. SSM state, two ways (stage 02, section 7):
+#   snapshot   a ring of k + 2 entries a slot: the state before the window, and after each of its k + 1 tokens; accepting moves a pointer.
+#   replay     one state a slot and the inputs since it was written, at most RING; accepting moves a cursor. A ring without room for a window is
+#              worked into the state, so rounded formats are rounded once a flush instead of once a token.
+# A pass fills rows up on the right: a token that is not there has dt = 0, its key goes to the last cell, what the pass says of it is ignored.
+
+RING = 16           # inputs kept since the last written state  [Replay: 16]
+KV_FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+Rollback = Literal["snapshot", "replay"]
+
+
+class Rows(NamedTuple):
+    """One pass: row i brings count_r[i] tokens (of t, filled up on the right) to slot slot_r[i], behind start_r[i] that are there."""
+    slot_r: Tensor; start_r: Tensor; count_r: Tensor
+    real_rt: Tensor; at_rt: Tensor      # which tokens are there, and their places in the sequence
+    seen: int                           # cells that any token may see: on a GPU all, so that shapes stay and nobody waits for a length
+    every: bool                         # the rows are all slots in order: no copy of the keys
+    write: str                          # what becomes of the SSM states, as in mamba.ssd_step
+
+
+class KVPool:
+    """Keys and values of one attention layer, [b, kv_heads, cells, p]. The last cell takes what is no token. FP8 lies as bytes."""
+    def __init__(self, slots: int, heads: int, cells: int, width: int, stored: torch.dtype, device=None):
+        lies = torch.uint8 if stored == torch.float8_e4m3fn else stored         # float8 has no indexing on every device
+        self.k_bhsp, self.v_bhsp = (torch.zeros(slots, heads, cells, width, device=device, dtype=lies) for _ in range(2))
+        self.k_scale = self.v_scale = 1.0       # of FP8: the checkpoint's k_proj.k_scale and v_proj.v_scale
+
+    def exchange(self, pool_bhsp: Tensor, new_rthp: Tensor, scale: float, rows: Rows) -> Tensor:
+        """Puts the new tokens into their cells -> what the rows may see, [r, kv_heads, seen, p]."""
+        stored, fp8 = new_rthp, pool_bhsp.dtype == torch.uint8
+        if fp8: stored = (new_rthp.float() / scale).clamp(-nvfp4.E4M3_MAX, nvfp4.E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+        at_rt = torch.where(rows.real_rt, rows.at_rt, pool_bhsp.shape[2] - 1)
+        pool_bhsp[rows.slot_r[:, None], :, at_rt] = stored.to(pool_bhsp.dtype)
+        z = pool_bhsp[:, :, :rows.seen] if rows.every else pool_bhsp[rows.slot_r, :, :rows.seen]
+        return (z.view(torch.float8_e4m3fn).float() * scale if fp8 else z).to(new_rthp.dtype)
+
+    def mix(self, layer: nemotron.Attention, u_rtd: Tensor, rows: Rows) -> Tensor:
+        r, t, _ = u_rtd.shape
+        q_rthp, k_rthp, v_rthp = (proj(u_rtd).view(r, t, -1, layer.head_dim) for proj in (layer.q_proj, layer.k_proj, layer.v_proj))
+        k_rhsp, v_rhsp = self.exchange(self.k_bhsp, k_rthp, self.k_scale, rows), self.exchange(self.v_bhsp, v_rthp, self.v_scale, rows)
+        # NOTE: cells behind the own place hold rejected drafts or an earlier owner's keys; only this mask keeps them out
+        mask_r1ts = (torch.arange(rows.seen, device=u_rtd.device) <= rows.at_rt[..., None])[:, None]
+        y_rhtp = F.scaled_dot_product_attention(q_rthp.transpose(1, 2), k_rhsp, v_rhsp, attn_mask=mask_r1ts, enable_gqa=True)
+        return layer.o_proj(y_rhtp.transpose(1, 2).reshape(r, t, -1))
+
+
+class MambaPool:
+    """Conv windows, SSM states and, for replay, the inputs kept since the states were written (one more cell for what is no token)."""
+    def __init__(self, caches: SlotCaches, i: int, layer: mamba.Mamba2, dtype: torch.dtype, device):
+        h, p, g, n, b = layer.heads, layer.head_dim, layer.groups, layer.state, caches.slots
+        make, (channels, _, taps) = partial(torch.zeros, device=device), layer.conv1d.weight.shape
+        zeros = make(b * caches.entries, h, p, n, dtype=mamba.wide(dtype))
+        self.caches, self.i, self.layer = caches, i, layer
+        self.state = mamba.quantize_state(zeros, caches.state_format.removesuffix("_sr"), impl="torch")
+        self.window_bwc, self.tape_rtc = make(b, taps - 1, channels, dtype=dtype), None     # tape: window and inputs of the pass not committed yet
+        sizes = ((h, p), (h,), (g, n), (g, n)) if caches.replays else ()      # x, dt, B, C
+        self.kept = [make(b, RING + 1, *z, dtype=mamba.wide(dtype) if len(z) == 1 else dtype) for z in sizes]
+
+    def step(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, slots_b: Tensor | None, write: str = "last") -> Tensor:
+        """mamba.ssd_step -> y, every call with dice of its own. (A CUDA graph would find the seed in memory.)"""
+        return mamba.ssd_step(x, dt, -self.layer.A_log.to(dt.dtype).exp(), B, C, self.layer.D, self.state, None, slots_b, write,
+                              self.caches.state_format, self.seed())[0]
+
+    def seed(self) -> int: return nvfp4.draw_seed_for(self.caches.seed, self.caches.calls, 0, self.i)
+
+    def mix(self, layer: mamba.Mamba2, u_rtd: Tensor, rows: Rows) -> Tensor:
+        h, p, g, n = layer.heads, layer.head_dim, layer.groups, layer.state
+        z_rti, xBC_rtc, dt_rth = layer.in_proj(u_rtd).split([h * p, h * p + 2 * g * n, h], dim=-1)
+        window = self.window_bwc[rows.slot_r]
+        self.tape_rtc = torch.cat([window, xBC_rtc], 1)
+        xBC_rtc, _ = mamba.causal_conv1d(xBC_rtc, layer.conv1d.weight, layer.conv1d.bias, window)
+        x_rthp, B_rtgn, C_rtgn = (z.unflatten(-1, (-1, width)) for z, width in zip(xBC_rtc.split([h * p, g * n, g * n], dim=-1), (p, n, n)))
+        dt_rth = F.softplus(dt_rth.to(mamba.wide(dt_rth.dtype)) + layer.dt_bias).clamp(*layer.time_step_limit)
+        dt_rth = dt_rth.masked_fill(~rows.real_rt[..., None], 0)        # PITFALL: after the clamp, whose lower limit may be above 0
+        return layer.out_proj(layer.norm(self.scan((x_rthp, dt_rth, B_rtgn, C_rtgn), rows).flatten(2), z_rti))
+
+    def scan(self, new: tuple[Tensor, ...], rows: Rows) -> Tensor:
+        """y [r, t, h, p] and the states moved on, snapshotted or left, as rows.write says."""
+        (x, dt, B, C), slot_r, (_, t), caches = new, rows.slot_r, rows.real_rt.shape, self.caches
+        entry_r, step_t = caches.entry_b[slot_r], torch.arange(t, device=dt.device)
+        here_r = torch.where(rows.count_r > 0, slot_r * caches.entries + entry_r, -1)
+        if rows.write == "each":
+            after_rt = slot_r[:, None] * caches.entries + (entry_r[:, None] + 1 + step_t) % caches.entries
+            return self.step(*new, torch.cat([here_r[:, None], after_rt.masked_fill(~rows.real_rt, -1)], 1), "each")
+        if rows.write == "none":
+            kept_r1 = caches.kept_b[slot_r][:, None]
+            at_rt = torch.where(rows.real_rt, kept_r1 + step_t, RING)
+            for ring, z in zip(self.kept, new): ring[slot_r[:, None], at_rt] = z
+            x, dt, B, C = (ring[slot_r] for ring in self.kept)
+            # NOTE: rejected inputs and the cell for no token lie behind; the recurrence does not look ahead, and nothing is written
+            y = self.step(x, dt, B, C, here_r, "none")
+            return y.gather(1, at_rt[..., None, None].expand(-1, -1, *y.shape[2:]))
+        if rows.every and (t, caches.entries, caches.state_format) == (1, 1, "fp32"): return self.step(*(z[:, 0] for z in new), None)[:, None]
+        if t <= 32: return self.step(*new, here_r)
+        S_rhpn, A_h = mamba.read_slots(self.state, here_r), -self.layer.A_log.to(dt.dtype).exp()
+        y, S_rhpn = mamba.ssd_chunked(x, dt, A_h, B, C, self.layer.D, self.layer.chunk, S_rhpn)
+        mamba.write_slots(self.state, S_rhpn, here_r, caches.state_format, self.seed())
+        return y
+
+
+class SlotCaches:
+    """Everything that `slots` sequences of at most `capacity` tokens leave behind. draft: how many tokens a window may be taken back (0 = none)."""
+    def __init__(self, model: nemotron.Nemotron, slots: int, capacity: int, draft: int = 0, rollback: Rollback = "snapshot",
+                 state_format: str = "fp32", kv_format: str | None = None, seed: int = 0):
+        c, weight = model.config, model.lm_head.weight
+        if min(slots, capacity) < 1: raise ValueError(f"{slots} slots of {capacity} tokens: both must be at least 1.")
+        if kv_format not in (None, *KV_FORMATS): raise ValueError(f"kv_format={kv_format!r} is unknown: use one of {', '.join(KV_FORMATS)}.")
+        if rollback not in ("snapshot", "replay"): raise ValueError(f"rollback={rollback!r} is unknown: use 'snapshot' or 'replay'.")
+        if not 0 <= draft < RING: raise ValueError(f"draft = {draft} must lie between 0 and {RING - 1}: a window must fit the ring of {RING} inputs.")
+        if draft and not hasattr(model, "mtp"): raise ValueError("the checkpoint has no MTP weights: nothing can draft; use draft = 0.")
+        if draft and "M" in c.mtp_pattern: raise ValueError("the MTP head has Mamba layers: their states cannot be taken back here.")
+        mamba.check_format(state_format, seed)
+        self.model, self.slots, self.capacity, self.draft, self.state_format = model, slots, capacity, draft, state_format
+        self.replays, self.seed, self.calls, device = bool(draft) and rollback == "replay", seed, 0, weight.device
+        self.entries = draft + 2 if draft and not self.replays else 1
+        self.length_b, self.head_length_b, self.entry_b, self.kept_b = torch.zeros(4, slots, dtype=torch.long, device=device)
+        # a window may begin at the last token that fits, so there are draft cells more, and the one for no token
+        stored, cells = KV_FORMATS.get(kv_format, weight.dtype), capacity + draft + 1
+        make = {"E": lambda *_: None, "*": lambda i, mixer: KVPool(slots, c.kv_heads, cells, c.head_dim, stored, device),
+                "M": lambda i, mixer: MambaPool(self, i, mixer, weight.dtype, device)}
+        self.layers, self.head_layers = ([make[block.letter](i, block.mixer) for i, block in enumerate(blocks)]
+                                  for blocks in (model.backbone.layers, model.mtp.layers if draft else ()))
+        self.mambas = [pool for pool in self.layers if isinstance(pool, MambaPool)]
+
+    def run(self, block: nemotron.Block, x_rtd: Tensor, pool: KVPool | MambaPool | None, rows: Rows) -> Tensor:
+        u_rtd = block.norm(x_rtd)
+        return x_rtd + (block.mixer(u_rtd)[0] if pool is None else pool.mix(block.mixer, u_rtd, rows))
+
+    def trunk(self, ids_rt: Tensor, rows: Rows) -> Tensor:
+        """The trunk's hiddens after its final norm [r, t, d]; `commit` must follow."""
+        if self.replays:        # room for the window; a pass that writes needs an empty ring
+            limit = RING - ids_rt.shape[1] if rows.write == "none" else 0
+            self.flush(torch.zeros_like(self.kept_b, dtype=torch.bool).index_copy_(0, rows.slot_r, self.kept_b[rows.slot_r] > limit))
+        self.calls += 1
+        x_rtd = self.model.backbone.embeddings(ids_rt)
+        for block, pool in zip(self.model.backbone.layers, self.layers): x_rtd = self.run(block, x_rtd, pool, rows)
+        return self.model.backbone.norm_f(x_rtd)
+
+    def head(self, ids_rt: Tensor, hidden_rtd: Tensor, rows: Rows) -> Tensor:
+        """The MTP head's hiddens [r, t, d], from each place's hidden and the token that came after it."""
+        pools = iter(self.head_layers)
+        run = lambda block, x_rtd, *_: (self.run(block, x_rtd, next(pools), rows), None)
+        return self.model.mtp(self.model.backbone.embeddings(ids_rt), hidden_rtd, run=run)[0]
+
+    def rows(self, slot_r: Tensor | None, count_r: Tensor, t: int, start_b: Tensor, write: str = "last") -> Rows:
+        """slot_r None: all slots."""
+        every, step_t = slot_r is None, torch.arange(t, device=count_r.device)
+        slot_r = torch.arange(self.slots, device=count_r.device) if every else slot_r
+        start_r, cells = start_b[slot_r], self.capacity + self.draft
+        seen = cells if count_r.is_cuda else min(cells, int(start_r.max()) + t)
+        return Rows(slot_r, start_r, count_r, step_t < count_r[:, None], (start_r[:, None] + step_t).clamp(max=cells), seen, every, write)
+
+    def commit(self, rows: Rows, keep_r: Tensor) -> None:
+        """Keeps the first keep_r tokens of the last trunk pass and takes the others back. A pass with write "last" must be kept whole."""
+        slot_r = rows.slot_r
+        self.length_b[slot_r] += keep_r
+        if rows.write == "each": self.entry_b[slot_r] = (self.entry_b[slot_r] + keep_r) % self.entries
+        if rows.write == "none": self.kept_b[slot_r] += keep_r
+        for pool in self.mambas:
+            place_rw = keep_r[:, None] + torch.arange(pool.window_bwc.shape[1], device=keep_r.device)
+            pool.window_bwc[slot_r] = pool.tape_rtc.gather(1, place_rw[..., None].expand(-1, -1, pool.tape_rtc.shape[-1])); pool.tape_rtc = None
+
+    def flush(self, full_b: Tensor) -> None:
+        """Works the kept inputs of some slots into their states: the step over them that writes."""
+        slots_b = torch.where(full_b & (self.kept_b > 0), torch.arange(self.slots, device=full_b.device), -1)
+        if not full_b.is_cuda and (slots_b < 0).all(): return
+        self.calls += 1
+        for pool in self.mambas:
+            x, dt, B, C = pool.kept
+            dt = dt.masked_fill(torch.arange(RING + 1, device=dt.device)[:, None] >= self.kept_b[:, None, None], 0)
+            pool.step(x, dt, B, C, slots_b)
+        self.kept_b.masked_fill_(full_b, 0)
+
+    def reset(self, slot: int) -> None:
+        """Makes a slot new. Old keys and values stay, behind the length, where no mask shows them."""
+        for counts_b in (self.length_b, self.head_length_b, self.entry_b, self.kept_b): counts_b[slot] = 0
+        for pool in self.mambas:
+            for z, at in ((pool.window_bwc, slot), *((part, slot * self.entries) for part in mamba.parts(pool.state))): z[at] = 0
+
+    def bytes_per_slot(self) -> dict[str, int]:
+        """What a sequence occupies, used or not, counted from the tensors; a model on the meta device will do. Ultra's states in fp32 weigh as
+        much as its keys and values of 65,536 tokens in FP8  [Ultra, inference]."""
+        kv = [z for pool in (*self.layers, *self.head_layers) if isinstance(pool, KVPool) for z in (pool.k_bhsp, pool.v_bhsp)]
+        tensors = dict(kv=kv, state=[z for pool in self.mambas for z in mamba.parts(pool.state)],
+                       window=[pool.window_bwc for pool in self.mambas], kept=[z for pool in self.mambas for z in pool.kept])
+        return {name: sum(z.nbytes for z in group) // self.slots for name, group in tensors.items()}
+
+
+# %% 5 · Sampling and drafts  [Leviathan; vLLM; Ultra, inference]
+# Every request has its own dice, three numbers for each of its tokens, from its seed and place alone: one draws the token (behind a rejected draft,
+# from what is left), one a draft for that place, one accepts or rejects it. A draft that an earlier rejection swept away has left no trace, so its
+# dice may be thrown again.
+
+@dataclass(frozen=True)
+class SamplingParams(nemotron.SamplingParams):
+    """Stage 04's, and: texts that end the answer (it is cut before them), whether to return log-probabilities (at temperature 1), and at how many
+    tokens a trace of thoughts is closed (section 7)."""
+    stop: tuple[str, ...] = (); logprobs: bool = False
+    budget: int | None = None; margin: int = 500        # [Card]
+
+
+def dice(sampling: nemotron.SamplingParams, place: int) -> Tensor:
+    """[3, max_tokens] in [0, 1); the first row is what 04's generate throws for prompt `place`."""
+    n, first = sampling.max_tokens, torch.Generator().manual_seed(sampling.seed * 1_000_003 + place)
+    more = torch.Generator().manual_seed(nvfp4.draw_seed_for(sampling.seed, place))
+    return torch.cat([torch.rand(n, generator=first, dtype=torch.float64)[None], torch.rand(n, 2, generator=more, dtype=torch.float64).T])
+
+
+def probabilities(logits_rv: Tensor, temperature_r: Tensor, top_p_r: Tensor, cut: bool) -> tuple[Tensor, Tensor | None]:
+    """What is drawn from, fp64: (p_rv in vocabulary order, ids in the order of drawing or None). Greedy is a one on the largest logit.
+    cut: some row has top_p < 1. Sorting takes longer than a small model's step."""
+    greedy_r1 = temperature_r[:, None] == 0
+    p_rv, ids_rv = torch.softmax(logits_rv.double() / torch.where(greedy_r1, 1.0, temperature_r[:, None]), -1), None
+    if cut:
+        sorted_rv, ids_rv = p_rv.sort(-1, descending=True)
+        kept_rv = sorted_rv.cumsum(-1) - sorted_rv < top_p_r[:, None]           # the token that crosses top_p stays in
+        whole_r1 = (top_p_r[:, None] == 1) | greedy_r1
+        p_rv = torch.where(whole_r1, p_rv, torch.zeros_like(p_rv).scatter_(1, ids_rv, sorted_rv * kept_rv))
+        ids_rv = torch.where(whole_r1, torch.arange(p_rv.shape[1], device=p_rv.device), ids_rv)
+    one_hot_rv = torch.zeros_like(p_rv).scatter_(1, logits_rv.max(-1, keepdim=True).indices, 1.0)
+    return torch.where(greedy_r1, one_hot_rv, p_rv / p_rv.sum(-1, keepdim=True)), ids_rv
+
+
+def draw(p_rv: Tensor, ids_rv: Tensor | None, u_r: Tensor) -> Tensor:
+    """One token a row by inverting the cumulative distribution, which need not sum to 1, in the order of ids."""
+    p_rv = p_rv if ids_rv is None else p_rv.gather(1, ids_rv)
+    cumulative_rv = p_rv.cumsum(-1)
+    pick_r = torch.searchsorted(cumulative_rv, (u_r * cumulative_rv[:, -1])[:, None], right=True)[:, 0]
+    last_r = torch.where(p_rv > 0, torch.arange(p_rv.shape[1], device=p_rv.device), 0).amax(-1)      # rounding never picks a zero
+    pick_r1 = torch.minimum(pick_r, last_r)[:, None]
+    return (pick_r1 if ids_rv is None else ids_rv.gather(1, pick_r1))[:, 0]
+
+
+# The head proposes k tokens one by one, drawn from its q; the trunk reads the pending token and all k in one pass and knows its own p at every
+# place. Draft x is kept with chance min(1, p(x) / q(x)). At the first rejection the token comes from max(p - q, 0), normalised; behind k kept drafts
+# one from p is free. What comes out is distributed as p. Greedy is the case of p and q that are one on one token; k = 0 is plain decoding.
+# The head's cache [vLLM]: what a verification has kept passes the head again with the trunk's true hiddens, over the keys that the drafts had left;
+# then k - 1 single passes feed the head its own hidden.        A CUDA graph captures speculative_step for its k: inputs are the pools, the lengths
+# and Running, all of fixed shape; one copy to the host follows.
+
+class Running:
+    """What decoding knows of each slot. ids_bw[:new_b] came out last, its last one is pending: the trunk has not read it. hidden_bwd[i] is the
+    trunk's hidden that ids_bw[i] followed. new_b = 0: nothing to decode. made_b: tokens of the answer."""
+    def __init__(self, caches: SlotCaches):
+        b, w, weight, make = caches.slots, caches.draft + 1, caches.model.lm_head.weight, partial(torch.zeros, device=caches.length_b.device)
+        self.ids_bw, self.hidden_bwd = make(b, w, dtype=torch.long), make(b, w, weight.shape[1], dtype=weight.dtype)
+        self.new_b, self.made_b = make(2, b, dtype=torch.long)
+        self.temperature_b, self.top_p_b = make(2, b, dtype=torch.float64)
+        self.dice_b3i, self.cut = make(b, 3, caches.capacity + w, dtype=torch.float64), False        # cut: some request has top_p < 1
+        self.offered_k, self.accepted_k = make(2, caches.draft, dtype=torch.long)
+
+    def throw(self, die: int, ahead: int | Tensor) -> Tensor:
+        """The number for the token `ahead` of the next one, [b]."""
+        return self.dice_b3i[:, die].gather(1, (self.made_b + ahead).clamp(max=self.dice_b3i.shape[2] - 1)[:, None])[:, 0]
+
+
+def propose(caches: SlotCaches, run: Running) -> tuple[Tensor, Tensor]:
+    """(drafts [b, k], the distributions they were drawn from [b, k, v])."""
+    k, on_b = caches.draft, (run.new_b > 0).long()
+    h_bwd = caches.head(run.ids_bw, run.hidden_bwd, caches.rows(None, run.new_b, k + 1, caches.head_length_b))
+    h_bd = h_bwd[torch.arange(caches.slots, device=h_bwd.device), (run.new_b - 1).clamp(min=0)]
+    caches.head_length_b += run.new_b; ids, qs = [], []
+    for i in range(k):
+        # a draft's keys lie behind the length: the next verification overwrites them
+        if i: h_bd = caches.head(ids[-1][:, None], h_bd[:, None], caches.rows(None, on_b, 1, caches.head_length_b + i - 1))[:, 0]
+        q_bv, order_bv = probabilities(caches.model.lm_head(h_bd).float(), run.temperature_b, run.top_p_b, run.cut)
+        ids.append(draw(q_bv, order_bv, run.throw(1, i))); qs.append(q_bv)
+    return torch.stack(ids, 1), torch.stack(qs, 1)
+
+
+def accept(p_bwv: Tensor, q_bkv: Tensor, draft_bk: Tensor, u_bk: Tensor, forced: float | None = None) -> tuple[Tensor, Tensor]:
+    """(number of drafts kept [b], what the token behind them is drawn from [b, v], not normalised).
+    p = (.5 .5), q = (.9 .1), draft 0: kept when u < .5/.9; else the token behind is drawn from max(p - q, 0) = (0 .4): it is 1."""
+    k, row_b = draft_bk.shape[1], torch.arange(len(draft_bk), device=draft_bk.device)
+    p_bk, q_bk = (z[:, :k].gather(2, draft_bk[..., None])[..., 0] for z in (p_bwv, q_bkv))
+    kept_b = (u_bk * q_bk < p_bk if forced is None else u_bk < forced).long().cumprod(1).sum(1)
+    p_bv, q_bv = p_bwv[row_b, kept_b], F.pad(q_bkv, (0, 0, 0, 1))[row_b, kept_b]       # behind k kept drafts q is 0
+    left_bv = (p_bv - q_bv).clamp(min=0) if forced is None else p_bv
+    return kept_b, torch.where(left_bv.sum(-1, keepdim=True) > 0, left_bv, p_bv)       # p = q up to rounding: a rejection has no chance
+
+
+@torch.inference_mode()
+def speculative_step(caches: SlotCaches, run: Running, forced: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """One window for every decoding slot: (tokens [b, k + 1], how many of them count [b], their log-probabilities at temperature 1).
+    forced: every draft is kept with this chance, whatever it says. For benchmarks that say so; the text is not the model's."""
+    k, on_b = caches.draft, run.new_b > 0
+    pending_b1 = run.ids_bw.gather(1, (run.new_b - 1).clamp(min=0)[:, None])
+    draft_bk, q_bkv = propose(caches, run) if k else (pending_b1[:, :0], None)
+    rows = caches.rows(None, on_b * (k + 1), k + 1, caches.length_b, "last" if not k else "none" if caches.replays else "each")
+    h_bwd = caches.trunk(torch.cat([pending_b1, draft_bk], 1), rows)
+    logits_bwv = caches.model.lm_head(h_bwd).float()
+    wide = lambda z_b: z_b.repeat_interleave(k + 1)
+    p_rv, order_rv = probabilities(logits_bwv.flatten(0, 1), wide(run.temperature_b), wide(run.top_p_b), run.cut)
+    p_bwv = p_rv.view(logits_bwv.shape)
+    kept_b, left_bv = torch.zeros_like(run.new_b), p_bwv[:, 0]
+    if k: kept_b, left_bv = accept(p_bwv, q_bkv, draft_bk, torch.stack([run.throw(2, i) for i in range(k)], 1), forced)
+    order_bv = None if order_rv is None else order_rv.view(logits_bwv.shape)[torch.arange(len(kept_b), device=kept_b.device), kept_b]
+    ids_bw = F.pad(draft_bk, (0, 1)).scatter(1, kept_b[:, None], draw(left_bv, order_bv, run.throw(0, kept_b))[:, None])
+    logp_bw = logits_bwv.log_softmax(-1).gather(2, ids_bw[..., None])[..., 0]
+    new_b = on_b * (kept_b + 1)
+    caches.commit(rows, new_b)
+    last_b1, place_k = torch.where(on_b, kept_b, -1)[:, None], torch.arange(k, device=kept_b.device)
+    run.offered_k += (last_b1 >= place_k).sum(0); run.accepted_k += (last_b1 > place_k).sum(0)
+    run.ids_bw.copy_(ids_bw); run.hidden_bwd.copy_(h_bwd); run.new_b.copy_(new_b); run.made_b.add_(new_b)
+    return ids_bw, new_b, logp_bw
+
+
+# %% 6 · Engine
+# step(): requests enter free slots, prompts are read in chunks of at most prefill_tokens in all, then every decoding slot gets one window. So a
+# long prompt never stops the others for longer than one chunk. What a request answers depends on its prompt, sampling and place, not on the batch
+# (up to the rounding of products of other shapes; stochastically rounded states depend on slot and step too).
+
+Reason = Literal["stop_id", "stop", "length", "cache", "cancelled"]
+
+
+@dataclass
+class Answer(nemotron.Completion):
+    """finished: a stop id or a stop string ended it. text: without the stop id, cut before a stop string ("" without a tokenizer)."""
+    text: str = ""; reason: Reason | None = None
+    inserted: int | None = None     # place in ids of the </think> that a budget wrote
+
+
+@dataclass
+class Request:
+    """tokens: prompt and answer when it entered its slot; read: how many of them are in the caches; sent: characters that on_tokens has had."""
+    id: int; prompt: list[int]; sampling: SamplingParams; dice_3i: Tensor
+    on_tokens: Callable[[int, list[int], str], None] | None
+    answer: Answer = field(default_factory=Answer); tokens: list[int] = field(default_factory=list)
+    slot: int = -1; read: int = 0; sent: int = 0
+    utf8: codecs.IncrementalDecoder = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
+
+    @property
+    def ready(self) -> bool: return self.slot >= 0 and self.read == len(self.tokens) - 1
+
+
+def held_back(text: str, stops: tuple[str, ...]) -> int:
+    """Characters at the end that may become a stop string.    "so ab", stop "abc" -> 2"""
+    return max((n for stop in stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])), default=0)
+
+
+class Engine:
+    """Serves requests over a fixed number of slots. Not safe for several threads; on_tokens may call submit and cancel."""
+    def __init__(self, model: nemotron.Nemotron, slots: int = 8, capacity: int = 2048, draft: int = 0, rollback: Rollback = "snapshot",
+                 state_format: str = "fp32", kv_format: str | None = None, prefill_tokens: int = 512, tokenizer=None,
+                 forced: float | None = None, seed: int = 0):
+        if prefill_tokens < 1: raise ValueError(f"prefill_tokens = {prefill_tokens}: a step must read at least one token of a prompt.")
+        self.model, self.tokenizer, self.forced, self.prefill_tokens = model, tokenizer, forced, prefill_tokens
+        self.caches = SlotCaches(model, slots, capacity, draft, rollback, state_format, kv_format, seed)
+        self.queue: deque[Request] = deque(); self.owners: dict[int, Request] = {}      # owners: slot -> request, in the order of admission
+        self.done: list[tuple[int, Answer]] = []; self.submitted, self.running = 0, Running(self.caches)
+
+    def submit(self, prompt: list[int], sampling: nemotron.SamplingParams, on_tokens=None, place: int = 0) -> int:
+        """Queues a prompt -> the request's id. on_tokens(id, new ids, new text) streams. place: among the prompts of one seed, for the dice.
+        ValueError for a prompt that is empty, has unknown ids or does not fit a slot, and for stop strings or a budget without a tokenizer."""
+        vocab, capacity = self.model.config.vocab, self.caches.capacity
+        sampling = sampling if isinstance(sampling, SamplingParams) else SamplingParams(**vars(sampling))
+        if not prompt: raise ValueError(f"the prompt is empty: begin with the id {self.model.config.bos} when there is nothing to continue.")
+        if not 0 <= min(prompt) <= max(prompt) < vocab: raise ValueError(f"the prompt has an id outside the vocabulary of {vocab}.")
+        if len(prompt) > capacity: raise ValueError(f"the prompt has {len(prompt)} tokens and a slot holds {capacity}: shorten it or raise capacity.")
+        if "" in sampling.stop: raise ValueError("an empty stop string would end every answer at once: leave it out.")
+        if (sampling.stop or sampling.budget is not None) and self.tokenizer is None:
+            raise ValueError("stop strings and budgets need the engine's tokenizer: pass it, or use stop_ids.")
+        self.queue.append(Request(self.submitted, list(prompt), sampling, dice(sampling, place), on_tokens)); self.submitted += 1
+        return self.submitted - 1
+
+    def cancel(self, id: int) -> bool:
+        """Ends a waiting or running request with what it has; False when there is none of that id."""
+        request = next((r for r in (*self.queue, *self.owners.values()) if r.id == id), None)
+        if request is not None: self.finish(request, "cancelled")
+        return request is not None
+
+    @property
+    def idle(self) -> bool: return not (self.queue or self.owners or self.done)
+
+    def step(self) -> list[tuple[int, Answer]]:
+        """Admit, prefill, decode once -> (id, answer) of the requests that have ended since the last step."""
+        if training := self.model.training: self.model.eval()       # no balance loss to compute
+        try: self.admit(); self.prefill(); self.decode()
+        finally:
+            if training: self.model.train()
+        done, self.done = self.done, []; return done
+
+    def run(self, progress: bool = False) -> dict[int, Answer]:
+        """Steps until nothing is left -> answers by id."""
+        out, bar = {}, tqdm(total=len(self.queue) + len(self.owners), desc="requests", leave=False, disable=not progress)
+        with bar:
+            while not self.idle: out.update(new := self.step()); bar.update(len(new))
+        return out
+
+    def admit(self) -> None:
+        """Waiting requests, first come first, into free slots; none free: they wait."""
+        run, free = self.running, [slot for slot in range(self.caches.slots) if slot not in self.owners]
+        while self.queue and free:
+            request = self.owners[slot := free.pop(0)] = self.queue.popleft()
+            request.slot, request.read, request.tokens = slot, 0, (tokens := [*request.prompt, *request.answer.ids])
+            self.caches.reset(slot)
+            run.ids_bw[slot, 0], run.hidden_bwd[slot, 0], run.new_b[slot], run.made_b[slot] = tokens[-1], 0, request.ready, len(request.answer.ids)
+            run.temperature_b[slot], run.top_p_b[slot] = request.sampling.temperature, request.sampling.top_p
+            run.dice_b3i[slot, :, :request.dice_3i.shape[1]] = request.dice_3i[:, :run.dice_b3i.shape[2]]
+            run.cut = any(r.sampling.top_p < 1 and r.sampling.temperature > 0 for r in self.owners.values())
+
+    @torch.inference_mode()
+    def prefill(self) -> None:
+        """Reads tokens, oldest request first, up to prefill_tokens in all. Each one's last token is left: decoding begins by reading it."""
+        left, picked = self.prefill_tokens, []
+        for request in self.owners.values():
+            n = min(left, len(request.tokens) - 1 - request.read)
+            if n: picked.append((request, n)); left -= n
+        if not picked: return
+        caches, run, device, t = self.caches, self.running, self.caches.length_b.device, max(n for _, n in picked)
+        piece = lambda r, n, shift: (r.tokens[r.read + shift:r.read + shift + n] + [0] * t)[:t]
+        ids_rt, next_rt = (torch.tensor([piece(r, n, shift) for r, n in picked], device=device) for shift in (0, 1))
+        for request, n in picked: request.read += n
+        slot_r, count_r, last_r = torch.tensor([(r.slot, n, r.ready) for r, n in picked], device=device).T
+        h_rtd = caches.trunk(ids_rt, rows := caches.rows(slot_r, count_r, t, caches.length_b))
+        caches.commit(rows, count_r)
+        if caches.draft:        # the last hidden and the token that is left: `propose` feeds that pair
+            caches.head(next_rt, h_rtd, caches.rows(slot_r, count_r - last_r, t, caches.head_length_b))
+            caches.head_length_b[slot_r] += count_r - last_r
+        end_r = torch.arange(len(picked), device=device), count_r - 1
+        run.ids_bw[slot_r, 0], run.hidden_bwd[slot_r, 0], run.new_b[slot_r] = next_rt[end_r], h_rtd[end_r], last_r
+
+    def decode(self) -> None:
+        decoding = [request for request in self.owners.values() if request.ready]
+        if not decoding: return
+        ids, counts, logps = (x.tolist() for x in speculative_step(self.caches, self.running, self.forced))
+        for r in decoding: self.deliver(r, ids[r.slot][:counts[r.slot]], logps[r.slot])
+
+    def deliver(self, request: Request, ids: list[int], logps: list[float]) -> None:
+        """Appends new tokens one by one until something ends the answer; the rest of the window is dropped with its slot."""
+        answer, sampling, reason, before, slot = request.answer, request.sampling, None, len(request.answer.ids), request.slot
+        if answer.reason: return        # cancelled by another's on_tokens
+        for token, logp in zip(ids, logps):
+            reason = self.take(request, token, logp)
+            if reason is None and sampling.budget is not None and budget_used(answer, sampling, self.tokenizer):
+                # ours: as NVIDIA's client, which sends the closed trace as a new prompt. It is read anew, and no cache is touched.
+                answer.inserted, request.slot = len(answer.ids), -1
+                reason = self.take(request, sft.END_THINK, 0.0)
+            if reason or request.slot < 0: break
+        sure = len(answer.text) - (0 if reason else held_back(answer.text, sampling.stop))
+        piece, request.sent, again, request.slot = answer.text[request.sent:sure], sure, request.slot < 0, slot
+        if request.on_tokens: request.on_tokens(request.id, answer.ids[before:], piece)
+        if reason and not answer.reason: self.finish(request, reason)
+        elif again and not answer.reason: self.release(request); self.queue.appendleft(request)
+
+    def take(self, request: Request, token: int, logp: float) -> Reason | None:
+        """One more token of the answer and its text -> what ends the answer with it, if anything does."""
+        answer, sampling, reason = request.answer, request.sampling, None
+        answer.ids.append(token); answer.logprobs.extend([logp] * sampling.logprobs)
+        if token in sampling.stop_ids: reason = "stop_id"
+        elif len(answer.ids) >= sampling.max_tokens: reason = "length"
+        elif len(request.prompt) + len(answer.ids) > self.caches.capacity: reason = "cache"        # no cell to read this token into
+        if self.tokenizer is None: return reason
+        start = max(0, len(answer.text) - max(map(len, sampling.stop), default=0) + 1)
+        answer.text += request.utf8.decode(b"" if reason == "stop_id" else token_bytes(self.tokenizer, token), final=bool(reason))
+        ends = [at for stop in sampling.stop if (at := answer.text.find(stop, start)) >= 0]
+        answer.text = answer.text[:min(ends, default=None)]
+        return "stop" if ends else reason
+
+    def finish(self, request: Request, reason: Reason) -> None:
+        """Hands the answer over and frees the slot; the next owner's admission makes it new."""
+        request.answer.reason, request.answer.finished = reason, reason in ("stop_id", "stop")
+        self.done.append((request.id, request.answer))
+        self.release(request) if request.slot >= 0 else self.queue.remove(request)
+
+    def release(self, request: Request) -> None:
+        del self.owners[request.slot]
+        self.running.new_b[request.slot], request.slot = 0, -1
+
+    def acceptance(self) -> list[float]:
+        """Share of drafts kept at each place, of those whose predecessors were. Windows count whole, also behind an answer's end."""
+        return (self.running.accepted_k / self.running.offered_k.clamp(min=1)).tolist()
+
+
+def token_bytes(tokenizer, token: int) -> bytes:
+    """A token may be half a character; an id that no token has reads <unk>, as in Tokenizer.decode."""
+    return tokenizer.encoding.decode_single_token_bytes(token if token < len(tokenizer) else sft.SPECIALS["<unk>"])
+
+
+def rollout_engine(slots: int = 64, **options) -> Callable[[nemotron.Nemotron, list[list[int]], nemotron.SamplingParams], list[nemotron.Completion]]:
+    """An engine as stage 07 takes it: the results of 04's generate with log-probabilities. options: those of Engine (draft, rollback, ...)."""
+    def generate(model, prompts, sampling):
+        if not prompts: return []
+        sampling = SamplingParams(**(vars(sampling) | dict(logprobs=True)))
+        engine = Engine(model, **(dict(slots=min(slots, len(prompts)), capacity=max(map(len, prompts)) + sampling.max_tokens) | options))
+        ids, answers = [engine.submit(prompt, sampling, place=i) for i, prompt in enumerate(prompts)], engine.run()
+        return [nemotron.Completion(answers[i].ids, answers[i].logprobs, answers[i].finished) for i in ids]
+    return generate
+
+
+# %% 7 · Reasoning budget  [Card; Ultra, SFT]
+# A trace that has used its budget is closed at its next newline, or by force when none comes: </think> is written for the model, which then goes
+# on with the answer. SFT has cut traces at random places with the same insertion.
+
+def budget_used(answer: Answer, sampling: SamplingParams, tokenizer) -> bool:
+    """The trace is to be closed now:  budget 100, margin 500: at a newline from the 100th token on, at the 600th whatever it is."""
+    n = len(answer.ids)
+    if n < sampling.budget or sft.END_THINK in answer.ids: return False
+    return n >= sampling.budget + sampling.margin or b"\n" in token_bytes(tokenizer, answer.ids[-1])
+
+
+def generate_with_budget(engine: Engine, talks: list[list[dict]], mode: sft.Mode, sampling: SamplingParams, on_tokens=None) -> list[Answer]:
+    """Answers to conversations (as render_chat takes them), each trace closed at sampling.budget tokens; mode off has none to close.
+    An answer's ids hold the inserted </think>, at `inserted`, with log-probability 0: it is not the model's. max_tokens counts everything."""
+    if engine.tokenizer is None or not engine.idle: raise ValueError("conversations need an engine with a tokenizer and without other requests.")
+    sampling = replace(sampling, budget=None) if mode == "off" else sampling
+    prompts = [sft.render_chat(talk, mode, tokenizer=engine.tokenizer, generation_prompt=True)[0] for talk in talks]
+    ids = [engine.submit(prompt, sampling, on_tokens, place=i) for i, prompt in enumerate(prompts)]
+    return [done[i] for done in [engine.run()] for i in ids]
+
+
+# %% 8 · Command
 
 @dataclass(frozen=True)
 class QuantizeConfig:
