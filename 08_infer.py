@@ -1,7 +1,7 @@
 """08 · Inference: a trained checkpoint in 4 and 8 bits, caches in slots, continuous batching, drafts that are verified and rolled back, budgets.
 
 Left out:  CUDA graphs (section 5 says what one would capture), a prefix cache, trees of drafts, several devices, FP8 tensor cores (on a GPU the
-           FP8 layers multiply in 16 bits), AWQ, quantization-aware training
+           FP8 layers multiply in 16 bits), AWQ, quantization-aware training.
 Sources:   [Ultra] Nemotron 3 Ultra report, arXiv 2606.15007 · [Card] its model card · [ModelOpt] NVIDIA Model-Optimizer: its export, its recipe
            nvfp4-46-max for Ultra · [vLLM] its nemotron_h_mtp and Mamba states · [Replay] TensorRT-LLM and FlashInfer
            [Leviathan] Speculative Decoding, arXiv 2211.17192
