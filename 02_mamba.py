@@ -740,6 +740,14 @@ class Mamba2(nn.Module):
         return MambaCache(torch.zeros(batch, taps - 1, conv, device=device, dtype=dtype),
                           torch.zeros(batch, self.heads, self.head_dim, self.state, device=device, dtype=wide(dtype)))
 
+    def scan_inputs(self, xBC_btc: Tensor, dt_bth: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(x_bthp, dt_bth, A_h, B_btgn, C_btgn) as the scan takes them, from the convolution's output and the raw steps."""
+        h, p, g, n = self.heads, self.head_dim, self.groups, self.state
+        x_bti, B_bti, C_bti = xBC_btc.split([h * p, g * n, g * n], dim=-1)
+        dt_bth = F.softplus(dt_bth.to(wide(dt_bth.dtype)) + self.dt_bias).clamp(*self.time_step_limit)
+        A_h = -self.A_log.to(dt_bth.dtype).exp()
+        return x_bti.unflatten(-1, (h, p)), dt_bth, A_h, B_bti.unflatten(-1, (g, n)), C_bti.unflatten(-1, (g, n))
+
     def forward(self, x_btd: Tensor, doc_bt: Tensor | None = None, cache: MambaCache | None = None, impl: str = "auto") -> Tensor:
         """doc_bt: document ids, -1 is padding. With a cache the tokens follow those it has seen; prefill in pieces equals all at once."""
         h, p, g, n = self.heads, self.head_dim, self.groups, self.state
@@ -749,10 +757,7 @@ class Mamba2(nn.Module):
         z_bti, xBC_btc, dt_bth = self.in_proj(x_btd).split([h * p, h * p + 2 * g * n, h], dim=-1)
         if self.context is not None: window = conv_halo(xBC_btc, doc_bt, self.conv1d.weight.shape[-1], self.context)
         xBC_btc, window = causal_conv1d(xBC_btc, self.conv1d.weight, self.conv1d.bias, window, doc_bt, impl)
-        x_bti, B_bti, C_bti = xBC_btc.split([h * p, g * n, g * n], dim=-1)
-        x_bthp, B_btgn, C_btgn = x_bti.unflatten(-1, (h, p)), B_bti.unflatten(-1, (g, n)), C_bti.unflatten(-1, (g, n))
-        dt_bth = F.softplus(dt_bth.to(wide(dt_bth.dtype)) + self.dt_bias).clamp(*self.time_step_limit)
-        A_h = -self.A_log.to(dt_bth.dtype).exp()
+        x_bthp, dt_bth, A_h, B_btgn, C_btgn = self.scan_inputs(xBC_btc, dt_bth)
 
         # NOTE: the step overwrites its state, so a single token that needs gradients takes the scan
         if cache is not None and x_btd.shape[1] == 1 and not torch.is_grad_enabled():

@@ -149,9 +149,11 @@ EFFORT = {"ultra": "\n\n{reasoning effort: efficient}", "nano": "\n\n{reasoning 
 Piece = tuple[int | str, bool]      # a special token or text, and whether the model learns to write it
 
 
+def as_text(value) -> str: return json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list, tuple)) else str(value)
+
+
 def _extra_keys(values: dict, known: Iterable[str]) -> str:
     """What a schema says beyond the known keys:  <default>3</default>"""
-    as_text = lambda value: json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list, tuple)) else str(value)
     return "".join(f"\n<{key}>{as_text(value)}</{key}>" for key, value in values.items() if key not in known)
 
 
@@ -173,15 +175,12 @@ def tools_text(tools: Iterable[dict]) -> str:
             text += f"\n<parameter>\n<name>{name}</name>"
             if "type" in values: text += f"\n<type>{values['type']}</type>"
             if "description" in values: text += f"\n<description>{values['description'].strip()}</description>"
-            if "enum" in values: text += f"\n<enum>{json.dumps(values['enum'], ensure_ascii=False)}</enum>"
+            if "enum" in values: text += f"\n<enum>{as_text(values['enum'])}</enum>"
             text += _extra_keys(values, ("name", "type", "description", "enum")) + "\n</parameter>"
         text += _extra_keys(schema, ("type", "properties", "required"))
-        if required is not None: text += f"\n<required>{json.dumps(list(required), ensure_ascii=False)}</required>"
+        if required is not None: text += f"\n<required>{as_text(list(required))}</required>"
         text += "\n</parameters>" + _extra_keys(tool, ("type", "name", "description", "parameters", "required")) + "\n</function>"
     return text + "\n</tools>"
-
-
-def as_text(value) -> str: return json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else str(value)
 
 
 def _call(call: dict) -> list[Piece]:

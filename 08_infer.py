@@ -5,7 +5,7 @@ Left out:  CUDA graphs (section 5 says what one would capture), a prefix cache, 
 Sources:   [Ultra] Nemotron 3 Ultra report, arXiv 2606.15007 · [Card] its model card · [ModelOpt] NVIDIA Model-Optimizer: its export, its recipe
            nvfp4-46-max for Ultra · [vLLM] its nemotron_h_mtp and Mamba states · [Replay] TensorRT-LLM and FlashInfer
            [Leviathan] Speculative Decoding, arXiv 2211.17192
-Run:       python 08_infer.py quantize                     # 20 s, CPU: the newest checkpoint in out/boosted, into out/quantized
+Run:       python 08_infer.py quantize                     # 10 s, CPU: the newest checkpoint in out/boosted, into out/quantized
            python 08_infer.py quantize --base out/sft --out out/quantized --scale-rule mse
            python 08_infer.py quantize --preset ultra      # 6 s, CPU: what 560 billion parameters take, from their shapes alone
 Contents:  1 precision   2 quantize a checkpoint   3 compute with it   4 slot caches   5 sampling and drafts   6 engine   7 reasoning budget
@@ -439,8 +439,7 @@ class MambaPool:
         window = self.window_bwc[rows.slot_r]
         self.tape_rtc = torch.cat([window, xBC_rtc], 1)
         xBC_rtc, _ = mamba.causal_conv1d(xBC_rtc, layer.conv1d.weight, layer.conv1d.bias, window)
-        x_rthp, B_rtgn, C_rtgn = (z.unflatten(-1, (-1, width)) for z, width in zip(xBC_rtc.split([h * p, g * n, g * n], dim=-1), (p, n, n)))
-        dt_rth = F.softplus(dt_rth.to(mamba.wide(dt_rth.dtype)) + layer.dt_bias).clamp(*layer.time_step_limit)
+        x_rthp, dt_rth, _, B_rtgn, C_rtgn = layer.scan_inputs(xBC_rtc, dt_rth)
         dt_rth = dt_rth.masked_fill(~rows.real_rt[..., None], 0)        # PITFALL: after the clamp, whose lower limit may be above 0
         return layer.out_proj(layer.norm(self.scan((x_rthp, dt_rth, B_rtgn, C_rtgn), rows).flatten(2), z_rti))
 

@@ -139,9 +139,10 @@ def table_claims(rows: list[dict]) -> str:
         if recipe := gaps.get("whole-recipe"):
             less = {name: row for name, row in gaps.items() if row["kind"] == "difference"}
             few, many = (f(len(row["seeds"]) for row in less.values()) for f in (min, max))
+            clear = ", ".join(name for name, row in less.items() if row["low"] is not None and row["low"] * row["high"] > 0) or "none"
             lines.append(("gap of a short branch in 4 bits, and what is added without one ingredient", "each raises the loss (12B)",
                           f"{percent(recipe['mean'], 2)}; " + ", ".join(f"{name} {percent(row['mean'], 2)}" for name, row in less.items())
-                          + f" ({few} or {many} seeds: too small to tell)", "experiments/nvfp4_gap.py --runs ablations"))
+                          + f" (seeds each: {few} to {many}; 95 % interval clear of 0: {clear})", "experiments/nvfp4_gap.py --runs ablations"))
     if stats := newest(rows, "nvfp4_stats", all=True):
         share = stats["shares"]["Mamba output: input"]["flushed"]
         lines.append(("values of Mamba output projections that NVFP4 would flush to zero", "up to 40 % (Nano)",

@@ -598,7 +598,7 @@ class _ScanAcrossRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, log_bh, doc_bt, context, tiles):
         def enter(last):
-            ctx.sent = last.detach().requires_grad_()
+            ctx.sent = last.detach().requires_grad_()      # the walk overwrites it; pass_state is linear, its gradient does not read it
             with torch.enable_grad(), mamba.full_precision(x): ctx.entered = mamba.pass_state(ctx.sent, log_bh, doc_bt, context)
             return ctx.entered.detach().contiguous()
 
