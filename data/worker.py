@@ -109,3 +109,4 @@ class Worker:
         self.shared.version.value = -1
         self.process.join(2)
         self.process.kill()
+        self.process.join()      # gone, and not only told to go
