@@ -5,10 +5,9 @@ the assignment with the least sum of sensitivities under the budget is found exa
     second order   1/2 · sum over tokens and outputs of (dL/dy)² (y_q - y)², nats a token: the diagonal of the Fisher matrix in a layer's outputs,
                    as ModelOpt takes it. One backward pass for all; outputs and not weights, so that rounded inputs count too
     KL             of the bf16 model's next-token distribution to that of the model with one layer quantized, nats a token: one forward pass each
-Controls: random assignments that fill the same budgets, the released Ultra's table, one format for everything. Super was quantized so, at 4.75 bits
-with 512 samples; Ultra's table was made by hand after that  [Super; Ultra]. Sensitivities are measured on one half of the validation conversations,
-results on the other half and on held-out questions (06's evaluation, mode regular). Bits are those of weights and their scales, over the parameters
-that can be quantized: embedding, output layer and MTP head stay bf16.
+Controls: random assignments of the same budgets, the released Ultra's table, one format for everything. Super was quantized so, at 4.75 bits; Ultra's
+table was made by hand after that  [Super; Ultra]. Sensitivities come from one half of the validation conversations, results from the other half and
+from held-out questions (06's evaluation). Bits: of weights and scales, over what can be quantized; embedding, output layer and MTP head stay bf16.
 NOTE: W4A16 is a little smaller than W4A4 and rounds no inputs, so under a budget of bits alone it always wins; what W4A4 buys is time on FP4 tensor
 cores. So one of them is to choose from, W4A4 by default; --formats bf16 fp8 w4a16 asks for a Hopper GPU's assignment.
 
@@ -52,7 +51,6 @@ nvfp4, moe, nemotron, pretrain, sft, infer, tasks, tokenizers = (stage(name) for
 Assignment = tuple[str, ...]                    # a format for every unit, in their order
 Sums = dict[str, tuple[Tensor, Tensor]]         # by measure: (sum, weight) of every conversation or question, float64 [c]
 Curves = dict[str, list[tuple[float, list[Sums]]]]      # by the way of choosing: (bits, one Sums a seed) in the order of the budgets
-ScaleRule = Literal["max", "mse", "four_over_six"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Config:
     base: Path = ROOT / "out" / "boosted"     # a checkpoint, or a run's folder: then its newest one
     budgets: tuple[float, ...] = (4.75, 5.0, 5.5, 11.0)      # bits a parameter; 4.75 is Super's. Those of Ultra's table and of FP8 join them
     formats: tuple[Literal["bf16", "fp8", "nvfp4", "w4a16"], ...] = ("bf16", "fp8", "nvfp4")      # to choose from
-    scale_rule: ScaleRule = "four_over_six"   # of 4-bit weights  [Ultra]
+    scale_rule: Literal["max", "mse", "four_over_six"] = "four_over_six"      # of 4-bit weights  [Ultra]
     seeds: int = 3                  # random assignments a budget
     conversations: int = 32         # in each half, at most, ours: Super 512 samples
     families: tuple[str, ...] = ("count_bits", "calendar_arithmetic")      # held-out questions, ours: the two that make run's model answers best
@@ -89,7 +87,7 @@ class Unit(NamedTuple):
     bits: dict[str, int]           # by format, scales included
 
 
-def recipe_for(units: Sequence[Unit], assignment: Assignment, scale_rule: ScaleRule = "four_over_six"):
+def recipe_for(units: Sequence[Unit], assignment: Assignment, scale_rule: str = "four_over_six"):
     """The Recipe that stores these units in these formats, and the rest in bf16."""
     named = tuple((f"{module}.*", fmt, unit.name) for unit, fmt in zip(units, assignment) for module in unit.modules)
     return infer.Recipe(scale_rule, precision=(*named, ("*", "bf16", "the rest")))
@@ -120,7 +118,7 @@ def load_rounded(directory: Path):
 
 class Mixer:
     """One model whose units change formats. Each format's layers come out of a checkpoint that stage 08 has written and read."""
-    def __init__(self, directory: Path, units: list[Unit], formats: Sequence[str], amax: dict[str, float], scale_rule: ScaleRule = "four_over_six"):
+    def __init__(self, directory: Path, units: list[Unit], formats: Sequence[str], amax: dict[str, float], scale_rule: str = "four_over_six"):
         self.units, self.model, self.versions = units, load_rounded(directory), {"bf16": load_rounded(directory)}
         for fmt in set(formats) - {"bf16"}:
             with tempfile.TemporaryDirectory() as folder:
@@ -150,8 +148,7 @@ def read(model, packs: list, reference: list[Tensor]) -> Sums:
         logq_rv = log_probabilities(model, pack)
         loss_r, d_rv = -logq_rv.gather(1, pack.labels_bt[pack.mask_bt][:, None])[:, 0], logq_rv - logp_rv
         values_3r = torch.stack([loss_r, (logp_rv.exp() * (d_rv.expm1() - d_rv)).sum(-1), torch.ones_like(loss_r)]).double()
-        place_2r = torch.stack([torch.arange(len(pack.ids_bt))[:, None].expand_as(pack.doc_bt)[pack.mask_bt], pack.doc_bt[pack.mask_bt]])
-        which_r = place_2r.unique(dim=1, return_inverse=True)[1]
+        which_r = (pack.doc_bt + pack.doc_bt.shape[1] * torch.arange(len(pack.doc_bt))[:, None])[pack.mask_bt].unique(return_inverse=True)[1]
         sums.append(values_3r.new_zeros(3, int(which_r.max()) + 1).index_add_(1, which_r, values_3r))
     loss_c, kl_c, tokens_c = torch.cat(sums, 1)
     return dict(loss=(loss_c, tokens_c), kl=(kl_c, tokens_c))
@@ -235,8 +232,7 @@ def knapsack(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], 
     return out
 
 
-def choose(units: list[Unit], formats: Sequence[str], loss_uf: np.ndarray, budgets: Sequence[float]) -> list[Assignment]:
-    """The best assignment for each budget of bits a parameter."""
+def choose(units: list[Unit], formats: Sequence[str], loss_uf: np.ndarray, budgets: Sequence[float]) -> list[Assignment]:      # bits a parameter
     picked = knapsack([[unit.bits[fmt] for fmt in formats] for unit in units], loss_uf.tolist(), [elements(units) * b + 1e-3 for b in budgets])
     return [tuple(formats[f] for f in options) for options in picked]
 
@@ -326,7 +322,6 @@ def show(curves: Curves) -> None:
 
 
 def plot(curves: Curves, path: Path) -> None:
-    """Bits against KL, loss and exact answers."""
     fig, axes = nvfp4.new_figure(columns=3, width=4.3, height=3.5)
     looks = {"random": ("-", "0.5"), "by KL": (".-", "#1f4e8c"), "by second order": (".-", "#e8a33d"), "Ultra's table": ("D", "#a03c2d"),
              "all fp8": ("s", "#a03c2d"), "all nvfp4": ("o", "#a03c2d"), "all w4a16": ("^", "#a03c2d")}
@@ -351,7 +346,7 @@ def main(config: Config) -> None:
     bench = Bench(config)
     loss_uf = {"KL": measured_kl(bench.mixer, bench.packs[0], bench.reference[0], formats),
                "second order": second_order(bench.mixer, bench.packs[0], formats)}
-    low = min(range(len(formats)), key=lambda f: bench.units[0].bits[formats[f]])
+    low = formats.index(min(formats, key=bench.units[0].bits.get))
     layers = {unit.name.removeprefix("backbone."): [float(f"{x_uf[u, low]:.2e}") for x_uf in loss_uf.values()] for u, unit in enumerate(bench.units)}
     nvfp4.print_table(f"sensitivity to {formats[low]}, nats a token", ["layer", *loss_uf], [[k, *map(str, v)] for k, v in layers.items()])
     print(f"rank correlation of the two {(agree := round(spearman(*(x_uf[:, low] for x_uf in loss_uf.values())), 3))}")
