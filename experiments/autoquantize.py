@@ -359,9 +359,9 @@ def main(config: Config) -> None:
         print(f"{config.save}: {bench.bits(assignment):.3f} bits as above, {infer.bits_per_element(shares):.3f} with what stays in bf16")
     plot(curves, config.out / "autoquantize.png")
     short = lambda found: {what: float(f"{mean(found, what):.5g}") for what in ("loss", "kl", "exact")}
-    nvfp4.write_row(config.out, "autoquantize", base="/".join(bench.base.parts[-2:]), formats=formats, scale_rule=config.scale_rule, seeds=config.seeds,
+    nvfp4.write_row(config.out, "autoquantize", base="/".join(bench.base.parts[-2:]), formats=formats, scale_rule=config.scale_rule,
                     curves={kind: [dict(bits=round(bits, 4), **short(found)) for bits, found in points] for kind, points in curves.items()},
-                    agree=agree, foresight=foresight, sensitivity=layers, seconds=round(time.perf_counter() - began, 1))
+                    agree=agree, foresight=foresight, sensitivity=layers, seeds=config.seeds, seconds=round(time.perf_counter() - began, 1))
     print(f"figure: {config.out / 'autoquantize.png'}   {time.perf_counter() - began:.0f} s")
 
 
