@@ -5,8 +5,8 @@ stochastic rounding goes up with the chance that makes the mean right. Rounding 
 
 Constant input x and decay a:      s_t = x (1 - a^t) / (1 - a)
 fp16 nearest stops at the first    |x - (1 - a) s| <= ulp(s) / 2      (r tokens a rounding: both coefficients of r tokens)
-int8 nearest, one scale a row      the largest code is 127 at every token. Entries that grow with it keep the code nearest to 127 times their share of
-                                   it, wrong by at most half a code. Entries that begin beside a large value stay 0 while they add less than half a code
+int8 nearest, one scale a row      the largest code is 127 at every token. Entries that grow with it keep the code nearest to 127 times their share,
+                                   wrong by at most half a code. Beside a large value an entry stays 0 while it adds less than half a code
 
 Run:     python experiments/ssm_states.py        # 2 to 3 min on 2 cores, after `make run`; the figure and rows in experiments/
          python experiments/ssm_states.py --only constant --rows 1024
@@ -148,8 +148,8 @@ def drive_caches(model, way: str, state_format: str, draft: int, keep: int, toke
 
 
 def measure_constant(config: Config) -> dict[str, dict]:
-    """By format, plain: the steps looked at, mean over rows of state / true [steps, inputs], one row's; beside a large value for int8 ("int8 + large").
-    Each format is looked at every hundredth of the way."""
+    """By format, rounded once a token: the steps looked at (a hundred), the states then, mean over rows and of one row [steps, inputs]; at the last
+    of them bias = mean of (state - true) / true, worst = largest of an input, spread = standard deviation of a row, error = of the bias."""
     x_n, every, out = constant_inputs(config.inputs, config.decay), max(1, config.steps // 100), {}
     runs = {"fp32": ("fp32", None), "fp16": ("fp16", None), "fp16_sr": ("fp16_sr", None), "int8": ("int8", None),
             "int8, beside a large value": ("int8", LARGEST), "int8_sr, beside a large value": ("int8_sr", LARGEST)}
@@ -162,7 +162,8 @@ def measure_constant(config: Config) -> dict[str, dict]:
             at.append(step); mean.append(S_rn.double().mean(0)); first.append(S_rn[0].double())
         true_n = true_state(x_n, config.decay, at[-1])
         error_rn = (S_rn.double() - true_n) / true_n
-        out[name] = dict(at=at, mean=torch.stack(mean), first=torch.stack(first), bias=error_rn.mean().item(), worst=error_rn.mean(0).abs().max().item(),
+        out[name] = dict(at=at, mean=torch.stack(mean), first=torch.stack(first),
+                         bias=error_rn.mean().item(), worst=error_rn.mean(0).abs().max().item(),
                          spread=error_rn.std(0).mean().item() if rows > 1 else None,
                          error=error_rn.mean(1).std().item() / math.sqrt(rows) if rows > 1 else None)
     return out
@@ -264,9 +265,9 @@ def measure_text(config: Config) -> tuple[Path, list[dict]]:
         engine = infer.Engine(model, 32, 256, draft, "snapshot" if way == "plain" else way, state_format, tokenizer=tokenizer, seed=7)
         scored = ask(engine, questions, "regular", sampling)
         if not rows: greedy = [a.ids for a in scored.answers]       # fp32, plain
-        size = engine.caches.bytes_per_slot()
+        size, alike = engine.caches.bytes_per_slot(), sum(a.ids == g for a, g in zip(scored.answers, greedy))
         rows.append(dict(format=state_format, way=way, kl=kl / count, greedy_equal=same / count, compared=count, accuracy=scored.right / scored.n,
-                         questions=scored.n, generated=scored.tokens, equal_answers=sum(a.ids == g for a, g in zip(scored.answers, greedy)) / scored.n,
+                         questions=scored.n, generated=scored.tokens, equal_answers=alike / scored.n,
                          state_bytes=size["state"] + size["kept"], slot_bytes=sum(size.values())))
     return folder, rows
 
@@ -275,8 +276,8 @@ def measure_text(config: Config) -> tuple[Path, list[dict]]:
 
 def print_constant(constant: dict[str, dict], rollbacks: list[dict], config: Config) -> None:
     nvfp4, share = stage("01_nvfp4"), lambda x, digits=2: "-" if x is None else f"{x:.{digits}%}"
-    nvfp4.print_table(f"bias after {config.steps:,} tokens of constant input, decay {config.decay}: mean of (state - true) / true over {config.inputs} "
-                      "inputs", ["rounded once a token", "bias", "worst input", "standard error", "one row's spread"],
+    nvfp4.print_table(f"bias after {config.steps:,} tokens of constant input, decay {config.decay}: mean of (state - true) / true over "
+                      f"{config.inputs} inputs", ["rounded once a token", "bias", "worst input", "standard error", "one row's spread"],
                       [[name, share(r["bias"]), share(r["worst"]), share(r["error"], 3), share(r["spread"], 1)] for name, r in constant.items()])
     nvfp4.print_table(f"the same in a slot of stage 08, beside a large value, {config.draft} drafts a window, all kept",
                       ["format", "rollback", "tokens a rounding", "bias", "standard error", "one row's spread"],
@@ -286,7 +287,8 @@ def print_constant(constant: dict[str, dict], rollbacks: list[dict], config: Con
 
 def print_text(folder: Path, rows: list[dict]) -> None:
     stage("01_nvfp4").print_table(
-        f"{folder.parent.name}/{folder.name}: distributions on {rows[0]['compared']:,} tokens of its own text, answers to {rows[0]['questions']} questions",
+        f"{folder.parent.name}/{folder.name}: distributions on {rows[0]['compared']:,} tokens of its own text, answers to "
+        f"{rows[0]['questions']} questions",
         ["states", "rollback", "KL to fp32, nats", "greedy token equal", "answers equal", "exact answers", "tokens written", "state kB", "slot kB"],
         [[r["format"], r["way"], f"{r['kl']:.1e}", f"{r['greedy_equal']:.2%}", f"{r['equal_answers']:.1%}", f"{r['accuracy']:.1%}",
           f"{r['generated']:,}", f"{r['state_bytes'] / 1e3:.1f}", f"{r['slot_bytes'] / 1e3:.1f}"] for r in rows])
@@ -304,24 +306,27 @@ def plot(constant: dict[str, dict], rollbacks: list[dict], config: Config, path:
                       label=f"fp16 nearest: {config.inputs} inputs")
     for name, label, colour in (("fp16_sr", "fp16 stochastic", "fp16_sr"), ("int8_sr, beside a large value", "int8 stochastic", "int8_sr")):
         left.plot(at, share[name][0].mean(1), color=colours[colour], linewidth=2, label=f"{label}: mean of {config.rows * config.inputs:,} rows")
-    left.plot(at, share["fp16_sr"][1][:, 0], color=colours["fp16_sr"], linewidth=0.8, label="fp16 stochastic: one row")
+    one = share["int8_sr, beside a large value"][1][:, 0]
+    left.plot(at, one, color=colours["int8_sr"], linewidth=0.8, label="int8 stochastic: one row, the smallest input")
     left.plot(at, share["int8, beside a large value"][0].mean(1), color=colours["int8"], linewidth=2, label="int8 nearest, beside a large value")
     left.plot(at, [1 - kept_of(config.decay) ** t for t in at], "k--", linewidth=1.2, label="true (fp32 lies on it)")
     left.set_title("fp16 to nearest stalls; stochastic rounding is right on average")
-    left.set_xlabel("token"); left.set_ylabel("state / steady state"); left.legend(frameon=False, fontsize=8.5, loc="upper left"); left.set_ylim(-0.04, 1.0)
+    left.set_xlabel("token"); left.set_ylabel("state / steady state"); left.set_ylim(-0.04, 1.0)
+    left.legend(frameon=False, fontsize=8.5, loc="upper left")
     for name, marker in (("fp16", "o"), ("fp16_sr", "s")):
         points = [(1.0, constant[name]["bias"])] + [(r["tokens_a_rounding"], r["bias"]) for r in rollbacks if r["format"] == name]
         right.plot([p[0] for p in points], [100 * p[1] for p in points], marker=marker, color=colours[name],
                    label={"fp16": "fp16 nearest", "fp16_sr": "fp16 stochastic"}[name])
         if name == "fp16":
             for (x, y), word in zip(points, ("plain decoding", "snapshot", "replay")):
-                right.annotate(word, (x, 100 * y), (0, -12), textcoords="offset points", ha="right" if word == "replay" else "left", va="top", fontsize=9)
+                right.annotate(word, (x, 100 * y), (8, -4), textcoords="offset points", va="top", fontsize=9)
     right.axhline(0, color="0.3", linewidth=1)
     right.set_xscale("log", base=2)
     ticks = sorted({1.0, *(round(r["tokens_a_rounding"], 1) for r in rollbacks)})
-    right.set_xticks(ticks, [f"{t:g}" for t in ticks]); right.set_xlim(0.9, 1.3 * ticks[-1])
+    right.set_xticks(ticks, [f"{t:g}" for t in ticks]); right.set_xlim(0.9, 1.6 * ticks[-1])
     right.set_title(f"Fewer roundings, smaller bias ({config.steps:,} tokens)")
-    right.set_xlabel("tokens a rounding"); right.set_ylabel("mean of (state − true) / true (%)"); right.legend(frameon=False, fontsize=9, loc="lower right")
+    right.set_xlabel("tokens a rounding"); right.set_ylabel("mean of (state − true) / true (%)")
+    right.legend(frameon=False, fontsize=9, loc="lower right")
     low, high = right.get_ylim(); right.set_ylim(low - 0.12 * (high - low), high + 0.05 * (high - low))
     nvfp4.save_figure(fig, path)
 
@@ -335,8 +340,9 @@ def main(config: Config) -> None:
         print_constant(constant, rollbacks, config)
         plot(constant, rollbacks, config, config.out / "ssm_states.png")
         summary = {name: {key: r[key] for key in ("bias", "worst", "error", "spread")} for name, r in constant.items()}
-        nvfp4.write_row(config.out, "ssm_states", what="constant inputs", decay=config.decay, steps=config.steps, inputs=config.inputs, rows=config.rows,
-                        by_format=summary, draft=config.draft, rollbacks=rollbacks, seconds=round(time.perf_counter() - began, 1), **shared)
+        nvfp4.write_row(config.out, "ssm_states", what="constant inputs", decay=config.decay, steps=config.steps, inputs=config.inputs,
+                        rows=config.rows, by_format=summary, draft=config.draft, rollbacks=rollbacks,
+                        seconds=round(time.perf_counter() - began, 1), **shared)
         print(f"\nfigure: {config.out / 'ssm_states.png'}   {time.perf_counter() - began:.0f} s")
     if config.only != "constant":
         folder, rows = measure_text(config)

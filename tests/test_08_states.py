@@ -34,8 +34,8 @@ def stall(x: Fraction, fades: Fraction, fp32: bool) -> Fraction:
     """
     for e in range(-14, 15):
         step, g = Fraction(2) ** (e - 10), Fraction(2) ** (e - 23)
-        moves = lambda m: (round(x / g) - round(fades * m * step / g)) * g if fp32 else x - fades * m * step
-        m = bisect.bisect_left(range(2048), True, 1024, key=lambda m: moves(m) <= step / 2)     # it moves less and less
+        def moves(m, step=step, g=g): return (round(x / g) - round(fades * m * step / g)) * g if fp32 else x - fades * m * step
+        m = bisect.bisect_left(range(2048), True, 1024, key=lambda m, most=step / 2, moves=moves: moves(m) <= most)    # less and less
         while m < 2048 and moves(m) == step / 2 and m % 2: m += 1
         if m < 2048: return m * step
     raise AssertionError("no stall below fp16's largest value")
