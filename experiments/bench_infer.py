@@ -314,10 +314,11 @@ def plot_drafts(rows: list[dict], path: Path) -> None:
     left.axhline(1, color="0.3", linewidth=1)
     left.set_title("Best draft length (dots): " + ", ".join(f"{k} at batch {b}" for b, k in best.items()))
     left.set_xlabel("drafts a window"); left.set_ylabel(f"tokens/s, relative to {rows[0]['draft']} drafts"); left.legend(frameon=False, fontsize=9)
-    for batch in best:
-        r = max((r for r in rows if r["batch"] == batch), key=lambda r: r["draft"])
-        right.plot(range(1, r["draft"] + 1), r["acceptance"], marker=".", label=f"batch {batch}, {r['draft']} drafts")
-    right.set_ylim(0, 1.02); right.set_title(f"Share of drafts kept, of those whose predecessors were ({rows[0]['model']})", fontsize=10.5)
+    largest = [r for r in rows if r["batch"] == max(best) and r["draft"]]
+    for i, r in enumerate(largest):
+        right.plot(range(1, r["draft"] + 1), r["acceptance"], marker=".", color=(0.1, 0.75 - 0.6 * i / len(largest), 0.45 + 0.4 * i / len(largest)),
+                   label=f"{r['draft']} drafts a window")
+    right.set_ylim(0, 1.02); right.set_title(f"Drafts kept where those before were, {rows[0]['model']}, batch {max(best)}", fontsize=10.5)
     right.set_xlabel("place in the window"); right.set_ylabel("kept"); right.legend(frameon=False, fontsize=9)
     for ax in (left, right): ax.xaxis.get_major_locator().set_params(integer=True)
     nvfp4.save_figure(fig, path)
@@ -361,14 +362,13 @@ def plot_budgets(rows: list[dict], path: Path) -> None:
     bars = lambda rs: [[100 * max(0.0, r["accuracy"] - r["low"]) for r in rs], [100 * max(0.0, r["high"] - r["accuracy"]) for r in rs]]
     ax.errorbar([r["tokens"] for r in line], [100 * r["accuracy"] for r in line], bars(line), color=colours["regular"], marker="o", capsize=3,
                 label="regular, closed at a budget (number) or not (∞)")
-    for i, r in enumerate(line):
-        ax.annotate("∞" if r["budget"] is None else r["budget"], (r["tokens"], 100 * r["accuracy"]), (5, 7 if i % 2 == 0 else -13),
-                    textcoords="offset points", fontsize=9)
+    for r in line:
+        ax.annotate("∞" if r["budget"] is None else r["budget"], (r["tokens"], 100 * r["accuracy"]), (5, -13), textcoords="offset points", fontsize=9)
     for r in rows:
         if r["mode"] == "regular": continue
         ax.errorbar([r["tokens"]], [100 * r["accuracy"]], bars([r]), color=colours[r["mode"]], marker="s", capsize=3, label=f"{r['mode']}")
     ax.set_title(f"Tokens used against exact answers ({rows[0]['model']}, {rows[0]['questions']} questions)", fontsize=10.5)
-    ax.set_xlabel("tokens an answer"); ax.set_ylabel("exact answers (%)"); ax.legend(frameon=False, fontsize=9)
+    ax.set_xlabel("tokens an answer"); ax.set_ylabel("exact answers (%)"); ax.legend(frameon=False, fontsize=9, loc="upper left")
     ax.set_ylim(bottom=0); ax.set_xlim(left=0)
     nvfp4.save_figure(fig, path)
 

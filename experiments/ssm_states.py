@@ -50,9 +50,9 @@ class Config:
     rows: int = 64                  # rows of a state, each with every input: the stochastic formats' mean is over these
     draft: int = 3                  # drafts a window where states are taken back
     base: Path | None = None        # a checkpoint or a run's folder; nothing = the newest in out/boosted, else out/sft
-    texts: int = 8                  # texts that the distributions are compared on
-    tokens: int = 280               # of each
-    questions: int = 24             # held-out questions of each family
+    texts: int = 10                 # texts that the distributions are compared on
+    tokens: int = 220               # of each
+    questions: int = 16             # held-out questions of each family
     max_tokens: int = 96            # of an answer
     threads: int = 2                # torch threads
     out: Path = ROOT / "experiments"    # results.jsonl gets the rows, ssm_states.png the figure
