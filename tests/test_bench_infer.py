@@ -91,7 +91,7 @@ def test_the_fastest_draft_length_is_found_for_each_batch():
 
 
 def test_tokens_a_pass_are_the_accepted_ones_and_one_more(checkpoint, tmp_path):
-    """Ten windows of two drafts that keep 6 and then 3 bring 19 tokens; and a row says the same of its own acceptances. Every answer has its tokens."""
+    """Ten windows of two drafts that keep 6 and then 3 bring 19 tokens; and a row says the same of its own acceptances. All answers are whole."""
     assert bench.tokens_a_pass([10, 6], [6, 3]) == 1.9 and bench.tokens_a_pass([], []) == 1.0
     row = bench.draft_lengths(config(tmp_path, trained=checkpoint, draft=(0, 2), text="stories", new=9))[1]
     first, second = row["acceptance"]
