@@ -427,11 +427,9 @@ class MambaPool:
         self.kept = [make(b, RING + 1, *z, dtype=mamba.wide(dtype) if len(z) == 1 else dtype) for z in sizes]
 
     def step(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, slots_b: Tensor | None, write: str = "last") -> Tensor:
-        """mamba.ssd_step -> y, every call with dice of its own. (A CUDA graph would find the seed in memory.)"""
+        """mamba.ssd_step -> y, every call with dice of its own."""
         return mamba.ssd_step(x, dt, -self.layer.A_log.to(dt.dtype).exp(), B, C, self.layer.D, self.state, None, slots_b, write,
-                              self.caches.state_format, self.seed())[0]
-
-    def seed(self) -> int: return nvfp4.draw_seed_for(self.caches.seed, self.caches.calls, 0, self.i)
+                              self.caches.state_format, self.caches.seed_l[self.i])[0]
 
     def mix(self, layer: mamba.Mamba2, u_rtd: Tensor, rows: Rows) -> Tensor:
         h, p, g, n = layer.heads, layer.head_dim, layer.groups, layer.state
@@ -455,7 +453,7 @@ class MambaPool:
             kept_r1 = caches.kept_b[slot_r][:, None]
             at_rt = torch.where(rows.real_rt, kept_r1 + step_t, RING)
             for ring, z in zip(self.kept, new): ring[slot_r[:, None], at_rt] = z
-            x, dt, B, C = (ring[slot_r] for ring in self.kept)
+            x, dt, B, C = self.kept if rows.every else (ring[slot_r] for ring in self.kept)
             # NOTE: rejected inputs and the cell for no token lie behind; the recurrence does not look ahead, and nothing is written
             y = self.step(x, dt, B, C, here_r, "none")
             return y.gather(1, at_rt[..., None, None].expand(-1, -1, *y.shape[2:]))
@@ -463,7 +461,7 @@ class MambaPool:
         if t <= 32: return self.step(*new, here_r)
         S_rhpn, A_h = mamba.read_slots(self.state, here_r), -self.layer.A_log.to(dt.dtype).exp()
         y, S_rhpn = mamba.ssd_chunked(x, dt, A_h, B, C, self.layer.D, self.layer.chunk, S_rhpn)
-        mamba.write_slots(self.state, S_rhpn, here_r, caches.state_format, self.seed())
+        mamba.write_slots(self.state, S_rhpn, here_r, caches.state_format, caches.seed_l[self.i])
         return y
 
 
@@ -480,7 +478,8 @@ class SlotCaches:
         if draft and "M" in c.mtp_pattern: raise ValueError("the MTP head has Mamba layers: their states cannot be taken back here.")
         mamba.check_format(state_format, seed)
         self.model, self.slots, self.capacity, self.draft, self.state_format = model, slots, capacity, draft, state_format
-        self.replays, self.seed, self.calls, device = bool(draft) and rollback == "replay", seed, 0, weight.device
+        self.replays, device = bool(draft) and rollback == "replay", weight.device
+        self.static = weight.is_cuda        # nothing may wait for a number of the device, or change a shape by one
         self.entries = draft + 2 if draft and not self.replays else 1
         self.length_b, self.head_length_b, self.entry_b, self.kept_b = torch.zeros(4, slots, dtype=torch.long, device=device)
         # a window may begin at the last token that fits, so there are draft cells more, and the one for no token
@@ -490,6 +489,8 @@ class SlotCaches:
         self.layers, self.head_layers = ([make[block.letter](i, block.mixer) for i, block in enumerate(blocks)]
                                   for blocks in (model.backbone.layers, model.mtp.layers if draft else ()))
         self.mambas = [pool for pool in self.layers if isinstance(pool, MambaPool)]
+        # a CUDA graph repeats its kernels with the same arguments: it finds the dice of stochastic rounding in memory, and moves them on itself
+        self.seed_l = torch.tensor([nvfp4.draw_seed_for(seed, 0, 0, i) for i in range(len(self.layers))], device=device)
 
     def run(self, block: nemotron.Block, x_rtd: Tensor, pool: KVPool | MambaPool | None, rows: Rows) -> Tensor:
         u_rtd = block.norm(x_rtd)
@@ -499,8 +500,9 @@ class SlotCaches:
         """The trunk's hiddens after its final norm [r, t, d]; `commit` must follow."""
         if self.replays:        # room for the window; a pass that writes needs an empty ring
             limit = RING - ids_rt.shape[1] if rows.write == "none" else 0
-            self.flush(torch.zeros_like(self.kept_b, dtype=torch.bool).index_copy_(0, rows.slot_r, self.kept_b[rows.slot_r] > limit))
-        self.calls += 1
+            full_r = (rows.count_r > 0) & (self.kept_b[rows.slot_r] > limit)
+            self.flush(torch.zeros_like(self.kept_b, dtype=torch.bool).index_copy_(0, rows.slot_r, full_r))
+        self.seed_l.add_(1)
         x_rtd = self.model.backbone.embeddings(ids_rt)
         for block, pool in zip(self.model.backbone.layers, self.layers): x_rtd = self.run(block, x_rtd, pool, rows)
         return self.model.backbone.norm_f(x_rtd)
@@ -511,33 +513,34 @@ class SlotCaches:
         run = lambda block, x_rtd, *_: (self.run(block, x_rtd, next(pools), rows), None)
         return self.model.mtp(self.model.backbone.embeddings(ids_rt), hidden_rtd, run=run)[0]
 
-    def rows(self, slot_r: Tensor | None, count_r: Tensor, t: int, start_b: Tensor, write: str = "last") -> Rows:
-        """slot_r None: all slots."""
+    def rows(self, slot_r: Tensor | None, count_r: Tensor, t: int, start_b: Tensor, write: str = "last", seen: int | None = None) -> Rows:
+        """slot_r None: all slots. seen: at least the places up to the last token, from who knows the lengths; None: ask (on a GPU: all cells)."""
         every, step_t = slot_r is None, torch.arange(t, device=count_r.device)
         slot_r = torch.arange(self.slots, device=count_r.device) if every else slot_r
-        start_r, cells = start_b[slot_r], self.capacity + self.draft
-        seen = cells if count_r.is_cuda else min(cells, int(start_r.max()) + t)
-        return Rows(slot_r, start_r, count_r, step_t < count_r[:, None], (start_r[:, None] + step_t).clamp(max=cells), seen, every, write)
+        start_r, cells = start_b if every else start_b[slot_r], self.capacity + self.draft
+        if seen is None: seen = cells if self.static else int(start_r.max()) + t
+        return Rows(slot_r, start_r, count_r, step_t < count_r[:, None], (start_r[:, None] + step_t).clamp(max=cells), min(seen, cells), every, write)
 
     def commit(self, rows: Rows, keep_r: Tensor) -> None:
         """Keeps the first keep_r tokens of the last trunk pass and takes the others back. A pass with write "last" must be kept whole."""
-        slot_r = rows.slot_r
-        self.length_b[slot_r] += keep_r
-        if rows.write == "each": self.entry_b[slot_r] = (self.entry_b[slot_r] + keep_r) % self.entries
-        if rows.write == "none": self.kept_b[slot_r] += keep_r
-        for pool in self.mambas:
-            place_rw = keep_r[:, None] + torch.arange(pool.window_bwc.shape[1], device=keep_r.device)
-            pool.window_bwc[slot_r] = pool.tape_rtc.gather(1, place_rw[..., None].expand(-1, -1, pool.tape_rtc.shape[-1])); pool.tape_rtc = None
+        at = slice(None) if rows.every else rows.slot_r
+        self.length_b[at] += keep_r
+        if rows.write == "each": self.entry_b[at] = (self.entry_b[at] + keep_r) % self.entries
+        if rows.write == "none": self.kept_b[at] += keep_r
+        for i, pool in enumerate(self.mambas):
+            _, w, c = pool.window_bwc.shape
+            if not i: place_rwc = (keep_r[:, None] + torch.arange(w, device=keep_r.device))[..., None].expand(-1, -1, c)
+            pool.window_bwc[at] = pool.tape_rtc.gather(1, place_rwc); pool.tape_rtc = None
 
     def flush(self, full_b: Tensor) -> None:
         """Works the kept inputs of some slots into their states: the step over them that writes."""
         slots_b = torch.where(full_b & (self.kept_b > 0), torch.arange(self.slots, device=full_b.device), -1)
-        if not full_b.is_cuda and (slots_b < 0).all(): return
-        self.calls += 1
+        if not self.static and (slots_b < 0).all(): return
+        self.seed_l.add_(1)
+        gone_bt1 = (torch.arange(RING + 1, device=full_b.device) >= self.kept_b[:, None])[..., None]
         for pool in self.mambas:
             x, dt, B, C = pool.kept
-            dt = dt.masked_fill(torch.arange(RING + 1, device=dt.device)[:, None] >= self.kept_b[:, None, None], 0)
-            pool.step(x, dt, B, C, slots_b)
+            pool.step(x, dt.masked_fill(gone_bt1, 0), B, C, slots_b)
         self.kept_b.masked_fill_(full_b, 0)
 
     def reset(self, slot: int) -> None:
@@ -607,6 +610,14 @@ def draw(p_rv: Tensor, ids_rv: Tensor | None, u_r: Tensor) -> Tensor:
 # then k - 1 single passes feed the head its own hidden.        A CUDA graph captures speculative_step for its k: inputs are the pools, the lengths
 # and Running, all of fixed shape; one copy to the host follows.
 
+class Variant(NamedTuple):
+    """What the host knows of the requests and a step saves work by. The defaults serve all."""
+    seen: int | None = None     # cells that tokens may see, as in SlotCaches.rows
+    greedy: bool = False        # every request takes the largest logit: no distributions
+    cut: bool = True            # some request has top_p < 1
+    logprobs: bool = True       # some request wants them
+
+
 class Running:
     """What decoding knows of each slot. ids_bw[:new_b] came out last, its last one is pending: the trunk has not read it. hidden_bwd[i] is the
     trunk's hidden that ids_bw[i] followed. new_b = 0: nothing to decode. made_b: tokens of the answer."""
@@ -615,26 +626,29 @@ class Running:
         self.ids_bw, self.hidden_bwd = make(b, w, dtype=torch.long), make(b, w, weight.shape[1], dtype=weight.dtype)
         self.new_b, self.made_b = make(2, b, dtype=torch.long)
         self.temperature_b, self.top_p_b = make(2, b, dtype=torch.float64)
-        self.dice_b3i, self.cut = make(b, 3, caches.capacity + w, dtype=torch.float64), False        # cut: some request has top_p < 1
+        self.dice_b3i, self.how = make(b, 3, caches.capacity + w, dtype=torch.float64), Variant()
         self.offered_k, self.accepted_k = make(2, caches.draft, dtype=torch.long)
 
-    def throw(self, die: int, ahead: int | Tensor) -> Tensor:
-        """The number for the token `ahead` of the next one, [b]."""
-        return self.dice_b3i[:, die].gather(1, (self.made_b + ahead).clamp(max=self.dice_b3i.shape[2] - 1)[:, None])[:, 0]
+    def throw(self, die: int, ahead: Tensor) -> Tensor:
+        """The numbers for the tokens `ahead` ([b, n] or [n]) of the next one, [b, n]."""
+        return self.dice_b3i[:, die].gather(1, (self.made_b[:, None] + ahead).clamp(max=self.dice_b3i.shape[2] - 1))
 
 
-def propose(caches: SlotCaches, run: Running) -> tuple[Tensor, Tensor]:
-    """(drafts [b, k], the distributions they were drawn from [b, k, v])."""
-    k, on_b = caches.draft, (run.new_b > 0).long()
-    h_bwd = caches.head(run.ids_bw, run.hidden_bwd, caches.rows(None, run.new_b, k + 1, caches.head_length_b))
-    h_bd = h_bwd[torch.arange(caches.slots, device=h_bwd.device), (run.new_b - 1).clamp(min=0)]
+def propose(caches: SlotCaches, run: Running) -> tuple[Tensor, Tensor | None]:
+    """(drafts [b, k], the distributions they were drawn from [b, k, v], None when all are greedy)."""
+    k, on_b, how, step_k = caches.draft, (run.new_b > 0).long(), run.how, torch.arange(caches.draft, device=run.new_b.device)
+    h_bwd = caches.head(run.ids_bw, run.hidden_bwd, caches.rows(None, run.new_b, k + 1, caches.head_length_b, seen=how.seen))
+    last_b1d = (run.new_b - 1).clamp(min=0)[:, None, None].expand(-1, 1, h_bwd.shape[2])
+    h_bd, dice_bk = h_bwd.gather(1, last_b1d)[:, 0], None if how.greedy else run.throw(1, step_k)
     caches.head_length_b += run.new_b; ids, qs = [], []
     for i in range(k):
         # a draft's keys lie behind the length: the next verification overwrites them
-        if i: h_bd = caches.head(ids[-1][:, None], h_bd[:, None], caches.rows(None, on_b, 1, caches.head_length_b + i - 1))[:, 0]
-        q_bv, order_bv = probabilities(caches.model.lm_head(h_bd).float(), run.temperature_b, run.top_p_b, run.cut)
-        ids.append(draw(q_bv, order_bv, run.throw(1, i))); qs.append(q_bv)
-    return torch.stack(ids, 1), torch.stack(qs, 1)
+        if i: h_bd = caches.head(ids[-1][:, None], h_bd[:, None], caches.rows(None, on_b, 1, caches.head_length_b + i - 1, seen=how.seen))[:, 0]
+        logits_bv = caches.model.lm_head(h_bd)
+        if how.greedy: ids.append(logits_bv.argmax(-1)); continue
+        q_bv, order_bv = probabilities(logits_bv.float(), run.temperature_b, run.top_p_b, how.cut)
+        ids.append(draw(q_bv, order_bv, dice_bk[:, i])); qs.append(q_bv)
+    return torch.stack(ids, 1), torch.stack(qs, 1) if qs else None
 
 
 def accept(p_bwv: Tensor, q_bkv: Tensor, draft_bk: Tensor, u_bk: Tensor, forced: float | None = None) -> tuple[Tensor, Tensor]:
@@ -648,30 +662,85 @@ def accept(p_bwv: Tensor, q_bkv: Tensor, draft_bk: Tensor, u_bk: Tensor, forced:
     return kept_b, torch.where(left_bv.sum(-1, keepdim=True) > 0, left_bv, p_bv)       # p = q up to rounding: a rejection has no chance
 
 
-@torch.inference_mode()
-def speculative_step(caches: SlotCaches, run: Running, forced: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """One window for every decoding slot: (tokens [b, k + 1], how many of them count [b], their log-probabilities at temperature 1).
-    forced: every draft is kept with this chance, whatever it says. For benchmarks that say so; the text is not the model's."""
-    k, on_b = caches.draft, run.new_b > 0
-    pending_b1 = run.ids_bw.gather(1, (run.new_b - 1).clamp(min=0)[:, None])
-    draft_bk, q_bkv = propose(caches, run) if k else (pending_b1[:, :0], None)
-    rows = caches.rows(None, on_b * (k + 1), k + 1, caches.length_b, "last" if not k else "none" if caches.replays else "each")
-    h_bwd = caches.trunk(torch.cat([pending_b1, draft_bk], 1), rows)
-    logits_bwv = caches.model.lm_head(h_bwd).float()
-    wide = lambda z_b: z_b.repeat_interleave(k + 1)
-    p_rv, order_rv = probabilities(logits_bwv.flatten(0, 1), wide(run.temperature_b), wide(run.top_p_b), run.cut)
+def verify(run: Running, logits_bwv: Tensor, draft_bk: Tensor, q_bkv: Tensor | None, forced: float | None) -> tuple[Tensor, Tensor]:
+    """(tokens [b, k + 1]: the drafts, with the trunk's own token behind the kept ones; number of drafts kept [b])."""
+    (b, w, _), step_k = logits_bwv.shape, torch.arange(draft_bk.shape[1], device=draft_bk.device)
+    if run.how.greedy:
+        best_bw = logits_bwv.argmax(-1)
+        if w == 1: return best_bw, torch.zeros_like(run.new_b)
+        kept_bk = draft_bk == best_bw[:, :-1] if forced is None else run.throw(2, step_k) < forced
+        kept_b = kept_bk.long().cumprod(1).sum(1)
+        return F.pad(draft_bk, (0, 1)).scatter(1, kept_b[:, None], best_bw.gather(1, kept_b[:, None])), kept_b
+    wide = lambda z_b: z_b[:, None].expand(b, w).reshape(-1)
+    p_rv, order_rv = probabilities(logits_bwv.flatten(0, 1), wide(run.temperature_b), wide(run.top_p_b), run.how.cut)
     p_bwv = p_rv.view(logits_bwv.shape)
     kept_b, left_bv = torch.zeros_like(run.new_b), p_bwv[:, 0]
-    if k: kept_b, left_bv = accept(p_bwv, q_bkv, draft_bk, torch.stack([run.throw(2, i) for i in range(k)], 1), forced)
-    order_bv = None if order_rv is None else order_rv.view(logits_bwv.shape)[torch.arange(len(kept_b), device=kept_b.device), kept_b]
-    ids_bw = F.pad(draft_bk, (0, 1)).scatter(1, kept_b[:, None], draw(left_bv, order_bv, run.throw(0, kept_b))[:, None])
-    logp_bw = logits_bwv.log_softmax(-1).gather(2, ids_bw[..., None])[..., 0]
+    if w > 1: kept_b, left_bv = accept(p_bwv, q_bkv, draft_bk, run.throw(2, step_k), forced)
+    order_bv = None if order_rv is None else order_rv.view(logits_bwv.shape)[torch.arange(b, device=kept_b.device), kept_b]
+    token_b = draw(left_bv, order_bv, run.throw(0, kept_b[:, None])[:, 0])
+    return F.pad(draft_bk, (0, 1)).scatter(1, kept_b[:, None], token_b[:, None]), kept_b
+
+
+@torch.inference_mode()
+def speculative_step(caches: SlotCaches, run: Running, forced: float | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One window for every decoding slot: (tokens [b, k + 1], how many of them count [b], their log-probabilities at temperature 1, if wanted).
+    forced: every draft is kept with this chance, whatever it says. For benchmarks that say so; the text is not the model's."""
+    k, on_b = caches.draft, run.new_b > 0
+    pending_b1 = run.ids_bw.gather(1, (run.new_b - 1).clamp(min=0)[:, None]) if k else run.ids_bw
+    draft_bk, q_bkv = propose(caches, run) if k else (pending_b1[:, :0], None)
+    rows = caches.rows(None, on_b * (k + 1), k + 1, caches.length_b, "last" if not k else "none" if caches.replays else "each", run.how.seen)
+    h_bwd = caches.trunk(torch.cat([pending_b1, draft_bk], 1), rows)
+    logits_bwv = caches.model.lm_head(h_bwd)
+    if run.how.logprobs or not run.how.greedy: logits_bwv = logits_bwv.float()
+    ids_bw, kept_b = verify(run, logits_bwv, draft_bk, q_bkv, forced)
+    logp_bw = logits_bwv.log_softmax(-1).gather(2, ids_bw[..., None])[..., 0] if run.how.logprobs else None
     new_b = on_b * (kept_b + 1)
     caches.commit(rows, new_b)
-    last_b1, place_k = torch.where(on_b, kept_b, -1)[:, None], torch.arange(k, device=kept_b.device)
-    run.offered_k += (last_b1 >= place_k).sum(0); run.accepted_k += (last_b1 > place_k).sum(0)
-    run.ids_bw.copy_(ids_bw); run.hidden_bwd.copy_(h_bwd); run.new_b.copy_(new_b); run.made_b.add_(new_b)
+    if k:
+        last_b1, place_k = torch.where(on_b, kept_b, -1)[:, None], torch.arange(k, device=kept_b.device)
+        run.offered_k += (last_b1 >= place_k).sum(0); run.accepted_k += (last_b1 > place_k).sum(0)
+        run.hidden_bwd.copy_(h_bwd)
+    run.ids_bw.copy_(ids_bw); run.new_b.copy_(new_b); run.made_b.add_(new_b)
     return ids_bw, new_b, logp_bw
+
+
+@torch.inference_mode()
+def packed_step(caches: SlotCaches, run: Running, forced: float | None = None) -> Tensor:
+    """speculative_step in one tensor, for one copy to the host: fp64 [b, 1 + w] or [b, 1 + 2w] of counts, tokens, log-probabilities if wanted."""
+    ids_bw, count_b, logp_bw = speculative_step(caches, run, forced)
+    return torch.cat([z.double() for z in (count_b[:, None], ids_bw, logp_bw) if z is not None], 1)
+
+
+class StepGraphs:
+    """packed_step on a GPU, as one CUDA graph a Variant. A graph repeats its kernels with the arguments and addresses that it has seen, so a step
+    reads and changes nothing but tensors that stay where they are: pools, lengths, dice, Running. A call's result lasts until the next call."""
+    def __init__(self, caches: SlotCaches, run: Running, forced: float | None = None):
+        if not caches.static: raise ValueError("graphs=True: only a GPU records CUDA graphs; use graphs=None or False.")
+        self.caches, self.run, self.forced, self.graphs, self.pool = caches, run, forced, {}, None
+
+    def __call__(self) -> Tensor:
+        if self.run.how not in self.graphs:
+            self.warm_up()
+            self.graphs[self.run.how] = self.record()
+        replay, out = self.graphs[self.run.how]
+        replay()
+        return out
+
+    def warm_up(self) -> None:
+        """Steps in which no slot decodes: kernels get compiled, and what is written is the cell for no token and what is put back here."""
+        changed = (self.run.new_b, self.run.ids_bw, self.run.hidden_bwd, self.caches.seed_l)
+        before = [x.clone() for x in changed]
+        for _ in range(2): self.run.new_b.zero_(); self.step()
+        for x, old in zip(changed, before): x.copy_(old)
+
+    def step(self) -> Tensor: return packed_step(self.caches, self.run, self.forced)
+
+    def record(self) -> tuple[Callable[[], None], Tensor]:
+        """(what replays it, where the result lies). Recording computes nothing. Graphs share memory: one runs at a time."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool): out = self.step()
+        self.pool = graph.pool()
+        return graph.replay, out
 
 
 # %% 6 · Engine
@@ -708,15 +777,16 @@ def held_back(text: str, stops: tuple[str, ...]) -> int:
 
 
 class Engine:
-    """Serves requests over a fixed number of slots. Not safe for several threads; on_tokens may call submit and cancel."""
+    """Serves requests over a fixed number of slots. Not safe for several threads; on_tokens may call submit and cancel. graphs None: on a GPU."""
     def __init__(self, model: nemotron.Nemotron, slots: int = 8, capacity: int = 2048, draft: int = 0, rollback: Rollback = "snapshot",
                  state_format: str = "fp32", kv_format: str | None = None, prefill_tokens: int = 512, tokenizer=None,
-                 forced: float | None = None, seed: int = 0):
+                 forced: float | None = None, seed: int = 0, graphs: bool | None = None):
         if prefill_tokens < 1: raise ValueError(f"prefill_tokens = {prefill_tokens}: a step must read at least one token of a prompt.")
         self.model, self.tokenizer, self.forced, self.prefill_tokens = model, tokenizer, forced, prefill_tokens
         self.caches = SlotCaches(model, slots, capacity, draft, rollback, state_format, kv_format, seed)
         self.queue: deque[Request] = deque(); self.owners: dict[int, Request] = {}      # owners: slot -> request, in the order of admission
         self.done: list[tuple[int, Answer]] = []; self.submitted, self.running = 0, Running(self.caches)
+        self.graphs = StepGraphs(self.caches, self.running, forced) if graphs or graphs is None and self.caches.static else None
 
     def submit(self, prompt: list[int], sampling: nemotron.SamplingParams, on_tokens=None, place: int = 0) -> int:
         """Queues a prompt -> the request's id. on_tokens(id, new ids, new text) streams. place: among the prompts of one seed, for the dice.
@@ -766,7 +836,6 @@ class Engine:
             run.ids_bw[slot, 0], run.hidden_bwd[slot, 0], run.new_b[slot], run.made_b[slot] = tokens[-1], 0, request.ready, len(request.answer.ids)
             run.temperature_b[slot], run.top_p_b[slot] = request.sampling.temperature, request.sampling.top_p
             run.dice_b3i[slot, :, :request.dice_3i.shape[1]] = request.dice_3i[:, :run.dice_b3i.shape[2]]
-            run.cut = any(r.sampling.top_p < 1 and r.sampling.temperature > 0 for r in self.owners.values())
 
     @torch.inference_mode()
     def prefill(self) -> None:
@@ -781,10 +850,11 @@ class Engine:
         ids_rt, next_rt = (torch.tensor([piece(r, n, shift) for r, n in picked], device=device) for shift in (0, 1))
         for request, n in picked: request.read += n
         slot_r, count_r, last_r = torch.tensor([(r.slot, n, r.ready) for r, n in picked], device=device).T
-        h_rtd = caches.trunk(ids_rt, rows := caches.rows(slot_r, count_r, t, caches.length_b))
+        seen = max(r.read for r, _ in picked)
+        h_rtd = caches.trunk(ids_rt, rows := caches.rows(slot_r, count_r, t, caches.length_b, seen=seen))
         caches.commit(rows, count_r)
         if caches.draft:        # the last hidden and the token that is left: `propose` feeds that pair
-            caches.head(next_rt, h_rtd, caches.rows(slot_r, count_r - last_r, t, caches.head_length_b))
+            caches.head(next_rt, h_rtd, caches.rows(slot_r, count_r - last_r, t, caches.head_length_b, seen=seen))
             caches.head_length_b[slot_r] += count_r - last_r
         end_r = torch.arange(len(picked), device=device), count_r - 1
         run.ids_bw[slot_r, 0], run.hidden_bwd[slot_r, 0], run.new_b[slot_r] = next_rt[end_r], h_rtd[end_r], last_r
@@ -792,8 +862,16 @@ class Engine:
     def decode(self) -> None:
         decoding = [request for request in self.owners.values() if request.ready]
         if not decoding: return
-        ids, counts, logps = (x.tolist() for x in speculative_step(self.caches, self.running, self.forced))
-        for r in decoding: self.deliver(r, ids[r.slot][:counts[r.slot]], logps[r.slot])
+        run, w, asked = self.running, self.caches.draft + 1, [r.sampling for r in decoding]
+        seen = max(len(r.prompt) + len(r.answer.ids) for r in decoding) + w - 1
+        if self.caches.static: seen = min(1 << max(8, (seen - 1).bit_length()), self.caches.capacity + w - 1)      # ours: 256, 512, ...: few graphs
+        run.how = Variant(seen, all(s.temperature == 0 for s in asked), any(s.top_p < 1 and s.temperature > 0 for s in asked),
+                          any(s.logprobs for s in asked))
+        rows = (self.graphs() if self.graphs else packed_step(self.caches, run, self.forced)).tolist()
+        run.how = Variant()
+        for r in decoding:
+            count, *row = rows[r.slot]
+            self.deliver(r, [int(x) for x in row[:int(count)]], row[w:] or [0.0] * w)
 
     def deliver(self, request: Request, ids: list[int], logps: list[float]) -> None:
         """Appends new tokens one by one until something ends the answer; the rest of the window is dropped with its slot."""
