@@ -385,6 +385,7 @@ class Rows(NamedTuple):
     real_rt: Tensor; at_rt: Tensor      # which tokens are there, and their places in the sequence
     seen: int                           # cells that any token may see: on a GPU all, so that shapes stay and nobody waits for a length
     every: bool                         # the rows are all slots in order: no copy of the keys
+    full: bool                          # and each brings one token, to keep: the usual step
     write: str                          # what becomes of the SSM states, as in mamba.ssd_step
 
 
@@ -434,16 +435,25 @@ class MambaPool:
     def mix(self, layer: mamba.Mamba2, u_rtd: Tensor, rows: Rows) -> Tensor:
         h, p, g, n = layer.heads, layer.head_dim, layer.groups, layer.state
         z_rti, xBC_rtc, dt_rth = layer.in_proj(u_rtd).split([h * p, h * p + 2 * g * n, h], dim=-1)
-        window = self.window_bwc[rows.slot_r]
+        if rows.full and self.caches.plain: return layer.out_proj(layer.norm(self.single(layer, xBC_rtc, dt_rth), z_rti))
+        window = self.window_bwc if rows.every else self.window_bwc[rows.slot_r]
         self.tape_rtc = torch.cat([window, xBC_rtc], 1)
         xBC_rtc, _ = mamba.causal_conv1d(xBC_rtc, layer.conv1d.weight, layer.conv1d.bias, window)
         x_rthp, dt_rth, _, B_rtgn, C_rtgn = layer.scan_inputs(xBC_rtc, dt_rth)
         dt_rth = dt_rth.masked_fill(~rows.real_rt[..., None], 0)        # PITFALL: after the clamp, whose lower limit may be above 0
         return layer.out_proj(layer.norm(self.scan((x_rthp, dt_rth, B_rtgn, C_rtgn), rows).flatten(2), z_rti))
 
+    def single(self, layer: mamba.Mamba2, xBC_b1c: Tensor, dt_b1h: Tensor) -> Tensor:
+        """Convolution and scan [b, 1, h p] of a CPU's usual step, in the fewest operators: their number is its time."""
+        tape_bwc, weight_wc = torch.cat([self.window_bwc, xBC_b1c], 1), layer.conv1d.weight[:, 0].T.contiguous()
+        self.window_bwc.copy_(tape_bwc[:, 1:])
+        x, dt, A_h, B, C = layer.scan_inputs(F.silu((tape_bwc * weight_wc).sum(1, keepdim=True) + layer.conv1d.bias), dt_b1h)
+        return mamba.move_state(self.state, *(z[:, 0] for z in (x, dt)), A_h, *(z[:, 0] for z in (B, C)), layer.D, None).flatten(1)[:, None]
+
     def scan(self, new: tuple[Tensor, ...], rows: Rows) -> Tensor:
         """y [r, t, h, p] and the states moved on, snapshotted or left, as rows.write says."""
         (x, dt, B, C), slot_r, (_, t), caches = new, rows.slot_r, rows.real_rt.shape, self.caches
+        if rows.every and t == caches.entries == 1 and caches.state_format == "fp32": return self.step(*(z[:, 0] for z in new), None)[:, None]
         entry_r, step_t = caches.entry_b[slot_r], torch.arange(t, device=dt.device)
         here_r = torch.where(rows.count_r > 0, slot_r * caches.entries + entry_r, -1)
         if rows.write == "each":
@@ -457,8 +467,7 @@ class MambaPool:
             # NOTE: rejected inputs and the cell for no token lie behind; the recurrence does not look ahead, and nothing is written
             y = self.step(x, dt, B, C, here_r, "none")
             return y.gather(1, at_rt[..., None, None].expand(-1, -1, *y.shape[2:]))
-        if rows.every and (t, caches.entries, caches.state_format) == (1, 1, "fp32"): return self.step(*(z[:, 0] for z in new), None)[:, None]
-        if t <= 32: return self.step(*new, here_r)
+        if t <= (32 if caches.static else 4): return self.step(*new, here_r)      # ours: 02's step goes from token to token, its twin does not
         S_rhpn, A_h = mamba.read_slots(self.state, here_r), -self.layer.A_log.to(dt.dtype).exp()
         y, S_rhpn = mamba.ssd_chunked(x, dt, A_h, B, C, self.layer.D, self.layer.chunk, S_rhpn)
         mamba.write_slots(self.state, S_rhpn, here_r, caches.state_format, caches.seed_l[self.i])
@@ -479,8 +488,9 @@ class SlotCaches:
         mamba.check_format(state_format, seed)
         self.model, self.slots, self.capacity, self.draft, self.state_format = model, slots, capacity, draft, state_format
         self.replays, device = bool(draft) and rollback == "replay", weight.device
-        self.static = weight.is_cuda        # nothing may wait for a number of the device, or change a shape by one
         self.entries = draft + 2 if draft and not self.replays else 1
+        self.plain = not weight.is_cuda and weight.dtype in (torch.float32, torch.float64) and self.entries == 1 and state_format == "fp32"
+        self.static = weight.is_cuda        # nothing may wait for a number of the device, or change a shape by one
         self.length_b, self.head_length_b, self.entry_b, self.kept_b = torch.zeros(4, slots, dtype=torch.long, device=device)
         # a window may begin at the last token that fits, so there are draft cells more, and the one for no token
         stored, cells = KV_FORMATS.get(kv_format, weight.dtype), capacity + draft + 1
@@ -493,8 +503,13 @@ class SlotCaches:
         self.seed_l = torch.tensor([nvfp4.draw_seed_for(seed, 0, 0, i) for i in range(len(self.layers))], device=device)
 
     def run(self, block: nemotron.Block, x_rtd: Tensor, pool: KVPool | MambaPool | None, rows: Rows) -> Tensor:
-        u_rtd = block.norm(x_rtd)
-        return x_rtd + (block.mixer(u_rtd)[0] if pool is None else pool.mix(block.mixer, u_rtd, rows))
+        u_rtd, layer = block.norm(x_rtd), block.mixer
+        if pool is not None: return x_rtd + pool.mix(layer, u_rtd, rows)
+        # the layer's forward without what training counts: a third of a small model's kernels
+        u_rd = u_rtd.flatten(0, 1)
+        weights_rk, experts_rk, _ = layer.gate(u_rd)
+        y_rd = layer.experts(u_rd if layer.latent is None else layer.fc1_latent_proj(u_rd), weights_rk, experts_rk)
+        return x_rtd + ((y_rd if layer.latent is None else layer.fc2_latent_proj(y_rd)) + layer.shared_experts(u_rd)).view(x_rtd.shape)
 
     def trunk(self, ids_rt: Tensor, rows: Rows) -> Tensor:
         """The trunk's hiddens after its final norm [r, t, d]; `commit` must follow."""
@@ -513,13 +528,15 @@ class SlotCaches:
         run = lambda block, x_rtd, *_: (self.run(block, x_rtd, next(pools), rows), None)
         return self.model.mtp(self.model.backbone.embeddings(ids_rt), hidden_rtd, run=run)[0]
 
-    def rows(self, slot_r: Tensor | None, count_r: Tensor, t: int, start_b: Tensor, write: str = "last", seen: int | None = None) -> Rows:
+    def rows(self, slot_r: Tensor | None, count_r: Tensor, t: int, start_b: Tensor, write: str = "last", seen: int | None = None,
+             full: bool = False) -> Rows:
         """slot_r None: all slots. seen: at least the places up to the last token, from who knows the lengths; None: ask (on a GPU: all cells)."""
         every, step_t = slot_r is None, torch.arange(t, device=count_r.device)
         slot_r = torch.arange(self.slots, device=count_r.device) if every else slot_r
         start_r, cells = start_b if every else start_b[slot_r], self.capacity + self.draft
         if seen is None: seen = cells if self.static else int(start_r.max()) + t
-        return Rows(slot_r, start_r, count_r, step_t < count_r[:, None], (start_r[:, None] + step_t).clamp(max=cells), min(seen, cells), every, write)
+        return Rows(slot_r, start_r, count_r, step_t < count_r[:, None], (start_r[:, None] + step_t).clamp(max=cells), min(seen, cells), every,
+                    full, write)
 
     def commit(self, rows: Rows, keep_r: Tensor) -> None:
         """Keeps the first keep_r tokens of the last trunk pass and takes the others back. A pass with write "last" must be kept whole."""
@@ -527,10 +544,10 @@ class SlotCaches:
         self.length_b[at] += keep_r
         if rows.write == "each": self.entry_b[at] = (self.entry_b[at] + keep_r) % self.entries
         if rows.write == "none": self.kept_b[at] += keep_r
-        for i, pool in enumerate(self.mambas):
-            _, w, c = pool.window_bwc.shape
-            if not i: place_rwc = (keep_r[:, None] + torch.arange(w, device=keep_r.device))[..., None].expand(-1, -1, c)
-            pool.window_bwc[at] = pool.tape_rtc.gather(1, place_rwc); pool.tape_rtc = None
+        if not self.mambas or rows.full and self.plain: return       # the usual step has moved its windows on
+        _, w, c = self.mambas[0].window_bwc.shape
+        place_rwc = (keep_r[:, None] + torch.arange(w, device=keep_r.device))[..., None].expand(-1, -1, c)
+        for pool in self.mambas: pool.window_bwc[at] = pool.tape_rtc.gather(1, place_rwc); pool.tape_rtc = None
 
     def flush(self, full_b: Tensor) -> None:
         """Works the kept inputs of some slots into their states: the step over them that writes."""
@@ -613,6 +630,7 @@ def draw(p_rv: Tensor, ids_rv: Tensor | None, u_r: Tensor) -> Tensor:
 class Variant(NamedTuple):
     """What the host knows of the requests and a step saves work by. The defaults serve all."""
     seen: int | None = None     # cells that tokens may see, as in SlotCaches.rows
+    full: bool = False          # every slot decodes
     greedy: bool = False        # every request takes the largest logit: no distributions
     cut: bool = True            # some request has top_p < 1
     logprobs: bool = True       # some request wants them
@@ -645,7 +663,7 @@ def propose(caches: SlotCaches, run: Running) -> tuple[Tensor, Tensor | None]:
         # a draft's keys lie behind the length: the next verification overwrites them
         if i: h_bd = caches.head(ids[-1][:, None], h_bd[:, None], caches.rows(None, on_b, 1, caches.head_length_b + i - 1, seen=how.seen))[:, 0]
         logits_bv = caches.model.lm_head(h_bd)
-        if how.greedy: ids.append(logits_bv.argmax(-1)); continue
+        if how.greedy: ids.append(logits_bv.max(-1).indices); continue
         q_bv, order_bv = probabilities(logits_bv.float(), run.temperature_b, run.top_p_b, how.cut)
         ids.append(draw(q_bv, order_bv, dice_bk[:, i])); qs.append(q_bv)
     return torch.stack(ids, 1), torch.stack(qs, 1) if qs else None
@@ -666,7 +684,7 @@ def verify(run: Running, logits_bwv: Tensor, draft_bk: Tensor, q_bkv: Tensor | N
     """(tokens [b, k + 1]: the drafts, with the trunk's own token behind the kept ones; number of drafts kept [b])."""
     (b, w, _), step_k = logits_bwv.shape, torch.arange(draft_bk.shape[1], device=draft_bk.device)
     if run.how.greedy:
-        best_bw = logits_bwv.argmax(-1)
+        best_bw = logits_bwv.max(-1).indices
         if w == 1: return best_bw, torch.zeros_like(run.new_b)
         kept_bk = draft_bk == best_bw[:, :-1] if forced is None else run.throw(2, step_k) < forced
         kept_b = kept_bk.long().cumprod(1).sum(1)
@@ -688,7 +706,8 @@ def speculative_step(caches: SlotCaches, run: Running, forced: float | None = No
     k, on_b = caches.draft, run.new_b > 0
     pending_b1 = run.ids_bw.gather(1, (run.new_b - 1).clamp(min=0)[:, None]) if k else run.ids_bw
     draft_bk, q_bkv = propose(caches, run) if k else (pending_b1[:, :0], None)
-    rows = caches.rows(None, on_b * (k + 1), k + 1, caches.length_b, "last" if not k else "none" if caches.replays else "each", run.how.seen)
+    rows = caches.rows(None, on_b * (k + 1), k + 1, caches.length_b, "last" if not k else "none" if caches.replays else "each", run.how.seen,
+                       run.how.full and not k)
     h_bwd = caches.trunk(torch.cat([pending_b1, draft_bk], 1), rows)
     logits_bwv = caches.model.lm_head(h_bwd)
     if run.how.logprobs or not run.how.greedy: logits_bwv = logits_bwv.float()
@@ -865,8 +884,8 @@ class Engine:
         run, w, asked = self.running, self.caches.draft + 1, [r.sampling for r in decoding]
         seen = max(len(r.prompt) + len(r.answer.ids) for r in decoding) + w - 1
         if self.caches.static: seen = min(1 << max(8, (seen - 1).bit_length()), self.caches.capacity + w - 1)      # ours: 256, 512, ...: few graphs
-        run.how = Variant(seen, all(s.temperature == 0 for s in asked), any(s.top_p < 1 and s.temperature > 0 for s in asked),
-                          any(s.logprobs for s in asked))
+        cut, full = any(s.top_p < 1 and s.temperature > 0 for s in asked), self.caches.plain and len(decoding) == self.caches.slots
+        run.how = Variant(seen, full, all(s.temperature == 0 for s in asked), cut, any(s.logprobs for s in asked))
         rows = (self.graphs() if self.graphs else packed_step(self.caches, run, self.forced)).tolist()
         run.how = Variant()
         for r in decoding:

@@ -1,0 +1,209 @@
+"""What a CUDA graph asks of a decode step, held to on a CPU: no number of the device is read, and nothing a step changes lives in Python.
+
+On a CPU the branch for GPUs is taken, with a step of the states that writes without looking at slots, as 02's Triton twin does.
+"""
+import contextlib
+import dataclasses
+import importlib
+import random
+
+import pytest
+import torch
+from test_08_engine import MICRO, prompts, randomise
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+mamba, nemotron, infer = (importlib.import_module(m) for m in ("02_mamba", "04_model", "08_infer"))
+Engine, SamplingParams = infer.Engine, infer.SamplingParams
+WAYS = [(0, "snapshot", "fp32"), (2, "snapshot", "fp32"), (2, "replay", "fp16_sr")]
+
+
+@pytest.fixture(scope="module")
+def model(): return randomise(nemotron.Nemotron(MICRO), 5).requires_grad_(False)
+
+
+def tensor_step(x, dt, A_h, B, C, D_h, state, doc_b, slots_b, write, state_format, seed):
+    """ssd_step for fp32 and fp16_sr, where slots and seed are only ever read by tensor operations."""
+    x, dt, B, C = (z if x.dim() == 4 else z[:, None] for z in (x, dt, B, C))
+    slots, ys, places = torch.arange(len(x))[:, None] if slots_b is None else slots_b.view(len(x), -1), [], torch.arange(len(state))
+    S = state.float()[slots[:, 0].clamp(min=0)]
+
+    def put(S, slot_r):
+        hit_rs = slot_r[:, None] == places
+        new = torch.einsum("rs,rhpn->shpn", hit_rs.float(), S)
+        if state_format == "fp16_sr":
+            u = ((torch.arange(new.numel()) * 2654435761 + seed * 40503) % 65536).view(new.shape) / 65536
+            new = mamba.fp16_stochastic(new, u)
+        state.copy_(torch.where(hit_rs.any(0)[:, None, None, None], new, state))
+
+    for t in range(x.shape[1]):
+        ys.append(mamba.move_state(S, x[:, t], dt[:, t], A_h, B[:, t], C[:, t], D_h, None))
+        if write == "each": put(S, slots[:, 1 + t])
+    if write == "last": put(S, slots[:, 0])
+    y = torch.stack(ys, 1)
+    return (y if slots_b is not None else y[:, 0]), state
+
+
+def on_a_gpu(monkeypatch, model, slots, capacity, k, rollback, state_format, **options):
+    """An engine whose steps take the GPU's branches. Prefill stays a CPU's."""
+    monkeypatch.setattr(mamba, "ssd_step", tensor_step)
+    engine = Engine(model, slots, capacity, draft=k, rollback=rollback, state_format=state_format, **options)
+    engine.caches.static, engine.caches.plain = True, False
+    return engine
+
+
+class NoHostReads(TorchFunctionMode):
+    """Tensor methods that hand a number to Python, or make a tensor of Python's numbers: PyTorch's dispatcher does not see all of them."""
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        assert name not in ("tolist", "item", "numpy", "__bool__", "__int__", "__float__", "__index__", "tensor", "as_tensor"), name
+        return function(*args, **(kwargs or {}))
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators; those whose result or shape is a number of the device are an error."""
+    def __init__(self): super().__init__(); self.names = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.names.append(name := str(op).removeprefix("aten.").split(".")[0])
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "item", "unique", "lift_fresh", "bincount", "is_nonzero"), name
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_"): assert not any(z is not None and z.dtype == torch.bool for z in args[1])
+        return op(*args, **(kwargs or {}))
+
+
+def busy(engine, sampling, steps=4):
+    """Slots in every condition: decoding at unequal lengths, in a prompt, empty."""
+    for i, p in enumerate(prompts(3, 2, 4, 12)): engine.submit(p, dataclasses.replace(sampling[i % len(sampling)], seed=i), place=i)
+    for _ in range(steps): engine.step()
+    engine.submit([7] * 35, sampling[0])
+    engine.admit(); engine.prefill()
+    return engine
+
+
+MIXED = [SamplingParams(max_tokens=30, temperature=0.8, top_p=0.8, stop_ids=()), SamplingParams(max_tokens=30, temperature=0.0, stop_ids=())]
+
+
+@pytest.mark.parametrize("k, rollback, state_format", WAYS)
+@pytest.mark.parametrize("how", [infer.Variant(seen=64), infer.Variant(seen=64, greedy=True, cut=False, logprobs=False)], ids=["drawn", "greedy"])
+def test_a_step_reads_no_number_of_the_device(monkeypatch, model, k, rollback, state_format, how):
+    """One .item(), boolean index or list in a step, and a GPU waits at each, or refuses to record it."""
+    engine = busy(on_a_gpu(monkeypatch, model, 5, 64, k, rollback, state_format, prefill_tokens=8), MIXED)
+    engine.running.how = how
+    with Operators(), NoHostReads(): infer.packed_step(engine.caches, engine.running)
+    with pytest.raises(AssertionError), Operators(), NoHostReads(): torch.ones(2)[torch.ones(2) > 0]
+    with pytest.raises(AssertionError), Operators(), NoHostReads(): torch.ones(2).tolist()
+
+
+def memory(engine):
+    """Every tensor that a step may change, by name."""
+    found = {}
+    for i, pool in enumerate((*engine.caches.layers, *engine.caches.head_layers)):
+        if isinstance(pool, infer.KVPool): found |= {f"{i} k": pool.k_bhsp, f"{i} v": pool.v_bhsp}
+        elif pool is not None:
+            found[f"{i} window"] = pool.window_bwc
+            found |= {f"{i} {what} {j}": z for what, group in (("state", mamba.parts(pool.state)), ("kept", pool.kept)) for j, z in enumerate(group)}
+    return found | {name: z for part in (engine.caches, engine.running) for name, z in vars(part).items() if isinstance(z, torch.Tensor)}
+
+
+@contextlib.contextmanager
+def restored(engine):
+    before = {name: z.clone() for name, z in memory(engine).items()}
+    yield
+    for name, z in memory(engine).items(): z.copy_(before[name])
+
+
+class Replayed(infer.StepGraphs):
+    """Records the operators of one step and repeats them on the same memory, as a CUDA graph repeats kernels: what Python computed in the recorded
+    step, it computes no more."""
+    def __init__(self, engine):
+        super().__init__(engine.caches, engine.running, engine.forced)
+        self.engine, self.replays = engine, 0
+
+    def record(self):
+        with restored(self.engine): out, trace = self.step(), make_fx(lambda: self.step())()       # tracing computes
+
+        def replay():
+            self.replays += 1
+            with torch.inference_mode(): out.copy_(trace())
+        return replay, out
+
+
+@pytest.mark.parametrize("k, rollback, state_format", WAYS)
+def test_replayed_steps_serve_a_load_as_fresh_ones_do(monkeypatch, model, k, rollback, state_format):
+    """Requests of three sorts come, end and are cancelled while every step is a replay: a seed, a length, a counter or a request's settings in
+    Python would stay what they were at the recording."""
+    def serve(replayed):
+        engine = on_a_gpu(monkeypatch, model, 3, 300, k, rollback, state_format, prefill_tokens=9, seed=4)
+        if replayed: engine.graphs = Replayed(engine)
+        rng, out = random.Random(1), {}
+        drawn = dict(temperature=0.9, top_p=0.8, logprobs=True) if rollback == "snapshot" else dict(temperature=0.0)      # a trace takes seconds
+        for i, p in enumerate(prompts(9, 5, 2, 20)):
+            sort = dict(temperature=0.0) if i < 4 else drawn
+            engine.submit(p, SamplingParams(max_tokens=rng.randint(3, 15), seed=i, stop_ids=(), **sort), place=i)
+        engine.submit([9] * 245, SamplingParams(max_tokens=20, stop_ids=(), **drawn))      # into the next bucket of cells
+        while not engine.idle:
+            out.update(engine.step())
+            if len(out) == 5: engine.cancel(6)
+        accepted = [z.tolist() for z in (engine.running.accepted_k, engine.running.offered_k)]
+        return {i: (a.ids, a.logprobs, a.reason) for i, a in out.items()}, accepted, engine
+
+    ours, counts, engine = serve(True)
+    theirs, want, _ = serve(False)
+    assert ours == theirs and counts == want and len(ours) == 10
+    assert {how.greedy for how in engine.graphs.graphs} == {True, rollback == "replay"} and {how.seen for how in engine.graphs.graphs} == {256, 300 + k}
+    assert engine.graphs.replays > 20
+
+
+@pytest.mark.parametrize("k, rollback, state_format", WAYS)
+def test_warming_up_changes_nothing(monkeypatch, model, k, rollback, state_format):
+    """Two steps before a recording, in the middle of a load: afterwards every tensor is what it was, but for the cells that hold no token."""
+    engine = busy(on_a_gpu(monkeypatch, model, 5, 64, k, rollback, state_format, prefill_tokens=8), MIXED)
+    assert engine.running.new_b.tolist().count(0) == 2
+    before = {name: z.clone() for name, z in memory(engine).items()}
+    infer.StepGraphs(engine.caches, engine.running).warm_up()
+    for name, z in memory(engine).items():
+        if name.endswith((" k", " v")): assert torch.equal(z[:, :, :-1], before[name][:, :, :-1]), name
+        elif "kept " in name: assert torch.equal(z[:, :-1], before[name][:, :-1]), name
+        else: assert torch.equal(z, before[name]), name
+
+
+def test_a_greedy_step_draws_no_distribution(model):
+    """Neither softmax nor sort nor cumulative sums over the vocabulary, and no log-probabilities that nobody asked for; as many operators for one
+    slot as for eight."""
+    def operators(slots, **how):
+        engine = Engine(model, slots, 40)
+        for i in range(slots): engine.submit([5 + i, 8], SamplingParams(max_tokens=20, temperature=0.0, stop_ids=(), **how))
+        for _ in range(3): engine.step()
+        with Operators() as seen: engine.step()
+        return seen.names
+    plain = operators(1)
+    assert not {"softmax", "_softmax", "log_softmax", "_log_softmax", "sort", "cumsum", "searchsorted"} & set(plain)
+    assert len(operators(8)) == pytest.approx(len(plain), abs=25)      # the experts' products have two forms
+    assert {"log_softmax", "_log_softmax"} & set(operators(1, logprobs=True))
+
+
+def test_graphs_need_a_gpu(model):
+    if torch.cuda.is_available(): pytest.skip("this machine has one")
+    with pytest.raises(ValueError, match="GPU"): Engine(model, 1, 20, graphs=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("state_format", mamba.STATE_FORMATS)
+@pytest.mark.parametrize("k, rollback", [(0, "snapshot"), (3, "snapshot"), (3, "replay")])
+def test_recorded_steps_answer_as_plain_ones_on_a_gpu(monkeypatch, k, rollback, state_format):
+    """The same kernels on the same memory, so the same tokens, also of formats that round by dice; and Python runs a step only to record it."""
+    model, runs, step = randomise(nemotron.Nemotron(MICRO), 5).cuda().requires_grad_(False), [], infer.packed_step
+    monkeypatch.setattr(infer, "packed_step", lambda *args: runs.append(1) or step(*args))
+    answers = []
+    for graphs in (True, False):
+        engine = Engine(model, 3, 300, draft=k, rollback=rollback, state_format=state_format, prefill_tokens=9, seed=4, graphs=graphs)
+        for i, p in enumerate(prompts(9, 5, 2, 20)):
+            sort = dict(temperature=0.0) if i < 4 else dict(temperature=0.9, top_p=0.8, logprobs=True)
+            engine.submit(p, SamplingParams(max_tokens=15, seed=i, stop_ids=(), **sort), place=i)
+        engine.submit([9] * 240, SamplingParams(max_tokens=25, stop_ids=()))
+        done = engine.run()
+        answers.append([(done[i].ids, done[i].reason) for i in range(10)])
+        if graphs: assert len(runs) == 3 * len(engine.graphs.graphs) and 2 <= len(engine.graphs.graphs) <= 8
+    assert answers[0] == answers[1]
