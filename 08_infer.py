@@ -382,7 +382,7 @@ Rollback = Literal["snapshot", "replay"]
 class Rows(NamedTuple):
     """One pass: row i brings count_r[i] tokens (of t, filled up on the right) to slot slot_r[i], behind start_r[i] that are there."""
     slot_r: Tensor; start_r: Tensor; count_r: Tensor
-    real_rt: Tensor; at_rt: Tensor      # which tokens are there, and their places in the sequence
+    real_rt: Tensor; at_rt: Tensor      # which tokens are there, and their places in the sequence: what is no token goes to the last cell
     seen: int                           # cells that any token may see: on a GPU all, so that shapes stay and nobody waits for a length
     every: bool                         # the rows are all slots in order: no copy of the keys
     full: bool                          # and each brings one token, to keep: the usual step
@@ -400,8 +400,7 @@ class KVPool:
         """Puts the new tokens into their cells -> what the rows may see, [r, kv_heads, seen, p]."""
         stored, fp8 = new_rthp, pool_bhsp.dtype == torch.uint8
         if fp8: stored = (new_rthp.float() / scale).clamp(-nvfp4.E4M3_MAX, nvfp4.E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
-        at_rt = torch.where(rows.real_rt, rows.at_rt, pool_bhsp.shape[2] - 1)
-        pool_bhsp[rows.slot_r[:, None], :, at_rt] = stored.to(pool_bhsp.dtype)
+        pool_bhsp[rows.slot_r[:, None], :, rows.at_rt] = stored.to(pool_bhsp.dtype)
         z = pool_bhsp[:, :, :rows.seen] if rows.every else pool_bhsp[rows.slot_r, :, :rows.seen]
         return (z.view(torch.float8_e4m3fn).float() * scale if fp8 else z).to(new_rthp.dtype)
 
@@ -435,7 +434,7 @@ class MambaPool:
     def mix(self, layer: mamba.Mamba2, u_rtd: Tensor, rows: Rows) -> Tensor:
         h, p, g, n = layer.heads, layer.head_dim, layer.groups, layer.state
         z_rti, xBC_rtc, dt_rth = layer.in_proj(u_rtd).split([h * p, h * p + 2 * g * n, h], dim=-1)
-        if rows.full and self.caches.plain: return layer.out_proj(layer.norm(self.single(layer, xBC_rtc, dt_rth), z_rti))
+        if rows.full and self.caches.plain: return layer.out_proj(layer.norm(self.single(layer, xBC_rtc[:, 0], dt_rth[:, 0])[:, None], z_rti))
         window = self.window_bwc if rows.every else self.window_bwc[rows.slot_r]
         self.tape_rtc = torch.cat([window, xBC_rtc], 1)
         xBC_rtc, _ = mamba.causal_conv1d(xBC_rtc, layer.conv1d.weight, layer.conv1d.bias, window)
@@ -443,12 +442,18 @@ class MambaPool:
         dt_rth = dt_rth.masked_fill(~rows.real_rt[..., None], 0)        # PITFALL: after the clamp, whose lower limit may be above 0
         return layer.out_proj(layer.norm(self.scan((x_rthp, dt_rth, B_rtgn, C_rtgn), rows).flatten(2), z_rti))
 
-    def single(self, layer: mamba.Mamba2, xBC_b1c: Tensor, dt_b1h: Tensor) -> Tensor:
-        """Convolution and scan [b, 1, h p] of a CPU's usual step, in the fewest operators: their number is its time."""
-        tape_bwc, weight_wc = torch.cat([self.window_bwc, xBC_b1c], 1), layer.conv1d.weight[:, 0].T.contiguous()
+    def single(self, layer: mamba.Mamba2, xBC_bc: Tensor, dt_bh: Tensor) -> Tensor:
+        """Convolution and scan [b, h p] of a CPU's usual step, in the fewest operators: their number is its time."""
+        b, h, p, g, n = len(dt_bh), layer.heads, layer.head_dim, layer.groups, layer.state
+        tape_bwc, weight_wc = torch.cat([self.window_bwc, xBC_bc[:, None]], 1), layer.conv1d.weight[:, 0].T.contiguous()
         self.window_bwc.copy_(tape_bwc[:, 1:])
-        x, dt, A_h, B, C = layer.scan_inputs(F.silu((tape_bwc * weight_wc).sum(1, keepdim=True) + layer.conv1d.bias), dt_b1h)
-        return mamba.move_state(self.state, *(z[:, 0] for z in (x, dt)), A_h, *(z[:, 0] for z in (B, C)), layer.D, None).flatten(1)[:, None]
+        x_bi, B, C = F.silu((tape_bwc * weight_wc).sum(1).add_(layer.conv1d.bias)).split([h * p, g * n, g * n], 1)
+        x_bhp, dt_bh1 = x_bi.view(b, h, p), F.softplus(dt_bh + layer.dt_bias).clamp_(*layer.time_step_limit)[..., None]
+        # S <- exp(dt A) S + dt x Bᵀ,  y = S C + D x,  where the heads of a group, which share B and C, are rows of one matrix
+        self.state.view(b, h, p * n).mul_((dt_bh1 * layer.A_log.exp().neg_()[:, None]).exp_())
+        S_zqn = self.state.view(b * g, h // g * p, n)
+        S_zqn.baddbmm_((dt_bh1 * x_bhp).view(b * g, -1, 1), B.reshape(b * g, 1, n))
+        return torch.addcmul(torch.bmm(S_zqn, C.reshape(b * g, n, 1)).view(b, h, p), x_bhp, layer.D[:, None]).view(b, h * p)
 
     def scan(self, new: tuple[Tensor, ...], rows: Rows) -> Tensor:
         """y [r, t, h, p] and the states moved on, snapshotted or left, as rows.write says."""
@@ -535,7 +540,8 @@ class SlotCaches:
         slot_r = torch.arange(self.slots, device=count_r.device) if every else slot_r
         start_r, cells = start_b if every else start_b[slot_r], self.capacity + self.draft
         if seen is None: seen = cells if self.static else int(start_r.max()) + t
-        return Rows(slot_r, start_r, count_r, step_t < count_r[:, None], (start_r[:, None] + step_t).clamp(max=cells), min(seen, cells), every,
+        real_rt = step_t < count_r[:, None]
+        return Rows(slot_r, start_r, count_r, real_rt, torch.where(real_rt, start_r[:, None] + step_t, cells), min(seen, cells), every,
                     full, write)
 
     def commit(self, rows: Rows, keep_r: Tensor) -> None:
