@@ -1,7 +1,7 @@
 """08 · Inference: a trained checkpoint in 4 and 8 bits, caches in slots, continuous batching, drafts that are verified and rolled back, budgets.
 
-Left out:  CUDA graphs (section 5 says what one would capture), a prefix cache, trees of drafts, several devices, FP8 tensor cores (on a GPU the
-           FP8 layers multiply in 16 bits), AWQ, quantization-aware training.
+Left out:  a prefix cache, trees of drafts, several devices, FP8 tensor cores (on a GPU the FP8 layers multiply in 16 bits), AWQ, quantization-aware
+           training.
 Sources:   [Ultra] Nemotron 3 Ultra report, arXiv 2606.15007 · [Card] its model card · [ModelOpt] NVIDIA Model-Optimizer: its export, its recipe
            nvfp4-46-max for Ultra · [vLLM] its nemotron_h_mtp and Mamba states · [Replay] TensorRT-LLM and FlashInfer
            [Leviathan] Speculative Decoding, arXiv 2211.17192
@@ -394,7 +394,7 @@ class KVPool:
     def __init__(self, slots: int, heads: int, cells: int, width: int, stored: torch.dtype, device=None):
         lies = torch.uint8 if stored == torch.float8_e4m3fn else stored         # float8 has no indexing on every device
         self.k_bhsp, self.v_bhsp = (torch.zeros(slots, heads, cells, width, device=device, dtype=lies) for _ in range(2))
-        self.k_scale = self.v_scale = 1.0       # of FP8: the checkpoint's k_proj.k_scale and v_proj.v_scale
+        self.k_scale = self.v_scale = 1.0       # of FP8, which a quantized checkpoint brings with it
 
     def exchange(self, pool_bhsp: Tensor, new_rthp: Tensor, scale: float, rows: Rows) -> Tensor:
         """Puts the new tokens into their cells -> what the rows may see, [r, kv_heads, seen, p]."""
@@ -427,14 +427,14 @@ class MambaPool:
         self.kept = [make(b, RING + 1, *z, dtype=mamba.wide(dtype) if len(z) == 1 else dtype) for z in sizes]
 
     def step(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, slots_b: Tensor | None, write: str = "last") -> Tensor:
-        """mamba.ssd_step -> y, every call with dice of its own."""
+        """mamba.ssd_step -> y."""
         return mamba.ssd_step(x, dt, -self.layer.A_log.to(dt.dtype).exp(), B, C, self.layer.D, self.state, None, slots_b, write,
                               self.caches.state_format, self.caches.seed_l[self.i])[0]
 
     def mix(self, layer: mamba.Mamba2, u_rtd: Tensor, rows: Rows) -> Tensor:
         h, p, g, n = layer.heads, layer.head_dim, layer.groups, layer.state
         z_rti, xBC_rtc, dt_rth = layer.in_proj(u_rtd).split([h * p, h * p + 2 * g * n, h], dim=-1)
-        if rows.full and self.caches.plain: return layer.out_proj(layer.norm(self.single(layer, xBC_rtc[:, 0], dt_rth[:, 0])[:, None], z_rti))
+        if rows.full and self.caches.plain: return layer.out_proj(layer.norm(self.single(layer, xBC_rtc, dt_rth), z_rti))
         window = self.window_bwc if rows.every else self.window_bwc[rows.slot_r]
         self.tape_rtc = torch.cat([window, xBC_rtc], 1)
         xBC_rtc, _ = mamba.causal_conv1d(xBC_rtc, layer.conv1d.weight, layer.conv1d.bias, window)
@@ -442,18 +442,13 @@ class MambaPool:
         dt_rth = dt_rth.masked_fill(~rows.real_rt[..., None], 0)        # PITFALL: after the clamp, whose lower limit may be above 0
         return layer.out_proj(layer.norm(self.scan((x_rthp, dt_rth, B_rtgn, C_rtgn), rows).flatten(2), z_rti))
 
-    def single(self, layer: mamba.Mamba2, xBC_bc: Tensor, dt_bh: Tensor) -> Tensor:
-        """Convolution and scan [b, h p] of a CPU's usual step, in the fewest operators: their number is its time."""
-        b, h, p, g, n = len(dt_bh), layer.heads, layer.head_dim, layer.groups, layer.state
-        tape_bwc, weight_wc = torch.cat([self.window_bwc, xBC_bc[:, None]], 1), layer.conv1d.weight[:, 0].T.contiguous()
+    def single(self, layer: mamba.Mamba2, xBC_b1c: Tensor, dt_b1h: Tensor) -> Tensor:
+        """Convolution and scan [b, 1, h p] of a CPU's usual step in few operators: their number is its time."""
+        tape_bwc = torch.cat([self.window_bwc, xBC_b1c], 1)
         self.window_bwc.copy_(tape_bwc[:, 1:])
-        x_bi, B, C = F.silu((tape_bwc * weight_wc).sum(1).add_(layer.conv1d.bias)).split([h * p, g * n, g * n], 1)
-        x_bhp, dt_bh1 = x_bi.view(b, h, p), F.softplus(dt_bh + layer.dt_bias).clamp_(*layer.time_step_limit)[..., None]
-        # S <- exp(dt A) S + dt x Bᵀ,  y = S C + D x,  where the heads of a group, which share B and C, are rows of one matrix
-        self.state.view(b, h, p * n).mul_((dt_bh1 * layer.A_log.exp().neg_()[:, None]).exp_())
-        S_zqn = self.state.view(b * g, h // g * p, n)
-        S_zqn.baddbmm_((dt_bh1 * x_bhp).view(b * g, -1, 1), B.reshape(b * g, 1, n))
-        return torch.addcmul(torch.bmm(S_zqn, C.reshape(b * g, n, 1)).view(b, h, p), x_bhp, layer.D[:, None]).view(b, h * p)
+        y_b1c = (tape_bwc * layer.conv1d.weight[:, 0].T.contiguous()).sum(1, keepdim=True).add_(layer.conv1d.bias)
+        x, dt, A_h, B, C = (z if z.dim() == 1 else z[:, 0] for z in layer.scan_inputs(F.silu(y_b1c), dt_b1h))
+        return mamba.move_state(self.state, x, dt, A_h, B, C, layer.D, None).flatten(1)[:, None]
 
     def scan(self, new: tuple[Tensor, ...], rows: Rows) -> Tensor:
         """y [r, t, h, p] and the states moved on, snapshotted or left, as rows.write says."""
@@ -504,7 +499,9 @@ class SlotCaches:
         self.layers, self.head_layers = ([make[block.letter](i, block.mixer) for i, block in enumerate(blocks)]
                                   for blocks in (model.backbone.layers, model.mtp.layers if draft else ()))
         self.mambas = [pool for pool in self.layers if isinstance(pool, MambaPool)]
-        # a CUDA graph repeats its kernels with the same arguments: it finds the dice of stochastic rounding in memory, and moves them on itself
+        for mixer, pool in ((block.mixer, pool) for block, pool in zip(model.backbone.layers, self.layers) if isinstance(pool, KVPool)):
+            if kv_format == "fp8" and hasattr(mixer.k_proj, "k_scale"): pool.k_scale, pool.v_scale = mixer.k_proj.k_scale, mixer.v_proj.v_scale
+        # dice of stochastic rounding, other ones for every call: in memory, where a CUDA graph finds them and moves them on
         self.seed_l = torch.tensor([nvfp4.draw_seed_for(seed, 0, 0, i) for i in range(len(self.layers))], device=device)
 
     def run(self, block: nemotron.Block, x_rtd: Tensor, pool: KVPool | MambaPool | None, rows: Rows) -> Tensor:
@@ -512,8 +509,7 @@ class SlotCaches:
         if pool is not None: return x_rtd + pool.mix(layer, u_rtd, rows)
         # the layer's forward without what training counts: a third of a small model's kernels
         u_rd = u_rtd.flatten(0, 1)
-        weights_rk, experts_rk, _ = layer.gate(u_rd)
-        y_rd = layer.experts(u_rd if layer.latent is None else layer.fc1_latent_proj(u_rd), weights_rk, experts_rk)
+        y_rd = layer.experts(u_rd if layer.latent is None else layer.fc1_latent_proj(u_rd), *layer.gate(u_rd)[:2])
         return x_rtd + ((y_rd if layer.latent is None else layer.fc2_latent_proj(y_rd)) + layer.shared_experts(u_rd)).view(x_rtd.shape)
 
     def trunk(self, ids_rt: Tensor, rows: Rows) -> Tensor:
@@ -535,14 +531,13 @@ class SlotCaches:
 
     def rows(self, slot_r: Tensor | None, count_r: Tensor, t: int, start_b: Tensor, write: str = "last", seen: int | None = None,
              full: bool = False) -> Rows:
-        """slot_r None: all slots. seen: at least the places up to the last token, from who knows the lengths; None: ask (on a GPU: all cells)."""
+        """slot_r None: all slots. seen: None asks for the longest (on a GPU: all cells). full: all rows are real, and kept."""
         every, step_t = slot_r is None, torch.arange(t, device=count_r.device)
         slot_r = torch.arange(self.slots, device=count_r.device) if every else slot_r
         start_r, cells = start_b if every else start_b[slot_r], self.capacity + self.draft
         if seen is None: seen = cells if self.static else int(start_r.max()) + t
-        real_rt = step_t < count_r[:, None]
-        return Rows(slot_r, start_r, count_r, real_rt, torch.where(real_rt, start_r[:, None] + step_t, cells), min(seen, cells), every,
-                    full, write)
+        real_rt, seen = step_t < count_r[:, None], min(seen, cells)
+        return Rows(slot_r, start_r, count_r, real_rt, torch.where(real_rt, start_r[:, None] + step_t, cells), seen, every, full, write)
 
     def commit(self, rows: Rows, keep_r: Tensor) -> None:
         """Keeps the first keep_r tokens of the last trunk pass and takes the others back. A pass with write "last" must be kept whole."""
@@ -630,16 +625,12 @@ def draw(p_rv: Tensor, ids_rv: Tensor | None, u_r: Tensor) -> Tensor:
 # place. Draft x is kept with chance min(1, p(x) / q(x)). At the first rejection the token comes from max(p - q, 0), normalised; behind k kept drafts
 # one from p is free. What comes out is distributed as p. Greedy is the case of p and q that are one on one token; k = 0 is plain decoding.
 # The head's cache [vLLM]: what a verification has kept passes the head again with the trunk's true hiddens, over the keys that the drafts had left;
-# then k - 1 single passes feed the head its own hidden.        A CUDA graph captures speculative_step for its k: inputs are the pools, the lengths
-# and Running, all of fixed shape; one copy to the host follows.
+# then k - 1 single passes feed the head its own hidden.
 
 class Variant(NamedTuple):
-    """What the host knows of the requests and a step saves work by. The defaults serve all."""
-    seen: int | None = None     # cells that tokens may see, as in SlotCaches.rows
-    full: bool = False          # every slot decodes
-    greedy: bool = False        # every request takes the largest logit: no distributions
-    cut: bool = True            # some request has top_p < 1
-    logprobs: bool = True       # some request wants them
+    """What the host knows and a step saves work by; the defaults serve all. seen, full: as in SlotCaches.rows. greedy: all requests are. cut: some
+    request has top_p < 1. logprobs: some request wants them."""
+    seen: int | None = None; full: bool = False; greedy: bool = False; cut: bool = True; logprobs: bool = True
 
 
 class Running:
@@ -653,17 +644,16 @@ class Running:
         self.dice_b3i, self.how = make(b, 3, caches.capacity + w, dtype=torch.float64), Variant()
         self.offered_k, self.accepted_k = make(2, caches.draft, dtype=torch.long)
 
-    def throw(self, die: int, ahead: Tensor) -> Tensor:
-        """The numbers for the tokens `ahead` ([b, n] or [n]) of the next one, [b, n]."""
+    def throw(self, die: int, ahead: int | Tensor) -> Tensor:
+        """The numbers for the tokens `ahead` ([b, n], [n] or one) of the next one, [b, n]."""
         return self.dice_b3i[:, die].gather(1, (self.made_b[:, None] + ahead).clamp(max=self.dice_b3i.shape[2] - 1))
 
 
 def propose(caches: SlotCaches, run: Running) -> tuple[Tensor, Tensor | None]:
     """(drafts [b, k], the distributions they were drawn from [b, k, v], None when all are greedy)."""
-    k, on_b, how, step_k = caches.draft, (run.new_b > 0).long(), run.how, torch.arange(caches.draft, device=run.new_b.device)
+    k, on_b, how = caches.draft, (run.new_b > 0).long(), run.how
     h_bwd = caches.head(run.ids_bw, run.hidden_bwd, caches.rows(None, run.new_b, k + 1, caches.head_length_b, seen=how.seen))
-    last_b1d = (run.new_b - 1).clamp(min=0)[:, None, None].expand(-1, 1, h_bwd.shape[2])
-    h_bd, dice_bk = h_bwd.gather(1, last_b1d)[:, 0], None if how.greedy else run.throw(1, step_k)
+    h_bd = h_bwd.gather(1, (run.new_b - 1).clamp(min=0)[:, None, None].expand(-1, 1, h_bwd.shape[2]))[:, 0]
     caches.head_length_b += run.new_b; ids, qs = [], []
     for i in range(k):
         # a draft's keys lie behind the length: the next verification overwrites them
@@ -671,7 +661,7 @@ def propose(caches: SlotCaches, run: Running) -> tuple[Tensor, Tensor | None]:
         logits_bv = caches.model.lm_head(h_bd)
         if how.greedy: ids.append(logits_bv.max(-1).indices); continue
         q_bv, order_bv = probabilities(logits_bv.float(), run.temperature_b, run.top_p_b, how.cut)
-        ids.append(draw(q_bv, order_bv, dice_bk[:, i])); qs.append(q_bv)
+        ids.append(draw(q_bv, order_bv, run.throw(1, i)[:, 0])); qs.append(q_bv)
     return torch.stack(ids, 1), torch.stack(qs, 1) if qs else None
 
 
@@ -691,9 +681,7 @@ def verify(run: Running, logits_bwv: Tensor, draft_bk: Tensor, q_bkv: Tensor | N
     (b, w, _), step_k = logits_bwv.shape, torch.arange(draft_bk.shape[1], device=draft_bk.device)
     if run.how.greedy:
         best_bw = logits_bwv.max(-1).indices
-        if w == 1: return best_bw, torch.zeros_like(run.new_b)
-        kept_bk = draft_bk == best_bw[:, :-1] if forced is None else run.throw(2, step_k) < forced
-        kept_b = kept_bk.long().cumprod(1).sum(1)
+        kept_b = (draft_bk == best_bw[:, :-1] if forced is None else run.throw(2, step_k) < forced).long().cumprod(1).sum(1)
         return F.pad(draft_bk, (0, 1)).scatter(1, kept_b[:, None], best_bw.gather(1, kept_b[:, None])), kept_b
     wide = lambda z_b: z_b[:, None].expand(b, w).reshape(-1)
     p_rv, order_rv = probabilities(logits_bwv.flatten(0, 1), wide(run.temperature_b), wide(run.top_p_b), run.how.cut)
@@ -737,35 +725,13 @@ def packed_step(caches: SlotCaches, run: Running, forced: float | None = None) -
 
 
 class StepGraphs:
-    """packed_step on a GPU, as one CUDA graph a Variant. A graph repeats its kernels with the arguments and addresses that it has seen, so a step
-    reads and changes nothing but tensors that stay where they are: pools, lengths, dice, Running. A call's result lasts until the next call."""
-    def __init__(self, caches: SlotCaches, run: Running, forced: float | None = None):
-        if not caches.static: raise ValueError("graphs=True: only a GPU records CUDA graphs; use graphs=None or False.")
-        self.caches, self.run, self.forced, self.graphs, self.pool = caches, run, forced, {}, None
+    """packed_step on a GPU: each Variant runs twice, then becomes a CUDA graph. That repeats kernels with the arguments and addresses it has seen,
+    so a step changes nothing but tensors that stay where they are: pools, lengths, dice, Running. A result lasts until the next call."""
+    def __init__(self, step: Callable[[], Tensor]): self.step, self.recorded, self.out = step, {}, {}
 
-    def __call__(self) -> Tensor:
-        if self.run.how not in self.graphs:
-            self.warm_up()
-            self.graphs[self.run.how] = self.record()
-        replay, out = self.graphs[self.run.how]
-        replay()
-        return out
-
-    def warm_up(self) -> None:
-        """Steps in which no slot decodes: kernels get compiled, and what is written is the cell for no token and what is put back here."""
-        changed = (self.run.new_b, self.run.ids_bw, self.run.hidden_bwd, self.caches.seed_l)
-        before = [x.clone() for x in changed]
-        for _ in range(2): self.run.new_b.zero_(); self.step()
-        for x, old in zip(changed, before): x.copy_(old)
-
-    def step(self) -> Tensor: return packed_step(self.caches, self.run, self.forced)
-
-    def record(self) -> tuple[Callable[[], None], Tensor]:
-        """(what replays it, where the result lies). Recording computes nothing. Graphs share memory: one runs at a time."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool): out = self.step()
-        self.pool = graph.pool()
-        return graph.replay, out
+    def __call__(self, how: Variant) -> Tensor:
+        self.recorded.setdefault(how, pretrain.Recorded(lambda: self.out.update({how: self.step()})))()
+        return self.out[how]
 
 
 # %% 6 · Engine
@@ -811,7 +777,8 @@ class Engine:
         self.caches = SlotCaches(model, slots, capacity, draft, rollback, state_format, kv_format, seed)
         self.queue: deque[Request] = deque(); self.owners: dict[int, Request] = {}      # owners: slot -> request, in the order of admission
         self.done: list[tuple[int, Answer]] = []; self.submitted, self.running = 0, Running(self.caches)
-        self.graphs = StepGraphs(self.caches, self.running, forced) if graphs or graphs is None and self.caches.static else None
+        if graphs and not self.caches.static: raise ValueError("graphs=True: only a GPU records CUDA graphs; use graphs=None or False.")
+        self.graphs = StepGraphs(partial(packed_step, self.caches, self.running, forced)) if self.caches.static and graphs is not False else None
 
     def submit(self, prompt: list[int], sampling: nemotron.SamplingParams, on_tokens=None, place: int = 0) -> int:
         """Queues a prompt -> the request's id. on_tokens(id, new ids, new text) streams. place: among the prompts of one seed, for the dice.
@@ -875,11 +842,10 @@ class Engine:
         ids_rt, next_rt = (torch.tensor([piece(r, n, shift) for r, n in picked], device=device) for shift in (0, 1))
         for request, n in picked: request.read += n
         slot_r, count_r, last_r = torch.tensor([(r.slot, n, r.ready) for r, n in picked], device=device).T
-        seen = max(r.read for r, _ in picked)
-        h_rtd = caches.trunk(ids_rt, rows := caches.rows(slot_r, count_r, t, caches.length_b, seen=seen))
+        h_rtd = caches.trunk(ids_rt, rows := caches.rows(slot_r, count_r, t, caches.length_b, seen=max(r.read for r, _ in picked)))
         caches.commit(rows, count_r)
         if caches.draft:        # the last hidden and the token that is left: `propose` feeds that pair
-            caches.head(next_rt, h_rtd, caches.rows(slot_r, count_r - last_r, t, caches.head_length_b, seen=seen))
+            caches.head(next_rt, h_rtd, caches.rows(slot_r, count_r - last_r, t, caches.head_length_b, seen=rows.seen))
             caches.head_length_b[slot_r] += count_r - last_r
         end_r = torch.arange(len(picked), device=device), count_r - 1
         run.ids_bw[slot_r, 0], run.hidden_bwd[slot_r, 0], run.new_b[slot_r] = next_rt[end_r], h_rtd[end_r], last_r
@@ -887,15 +853,14 @@ class Engine:
     def decode(self) -> None:
         decoding = [request for request in self.owners.values() if request.ready]
         if not decoding: return
-        run, w, asked = self.running, self.caches.draft + 1, [r.sampling for r in decoding]
+        caches, run, w, asked = self.caches, self.running, self.caches.draft + 1, [r.sampling for r in decoding]
         seen = max(len(r.prompt) + len(r.answer.ids) for r in decoding) + w - 1
-        if self.caches.static: seen = min(1 << max(8, (seen - 1).bit_length()), self.caches.capacity + w - 1)      # ours: 256, 512, ...: few graphs
-        cut, full = any(s.top_p < 1 and s.temperature > 0 for s in asked), self.caches.plain and len(decoding) == self.caches.slots
-        run.how = Variant(seen, full, all(s.temperature == 0 for s in asked), cut, any(s.logprobs for s in asked))
-        rows = (self.graphs() if self.graphs else packed_step(self.caches, run, self.forced)).tolist()
+        if caches.static: seen = min(1 << max(8, (seen - 1).bit_length()), caches.capacity + w - 1)      # ours: 256, 512, ...: few graphs
+        run.how = Variant(seen, caches.plain and len(decoding) == caches.slots, all(s.temperature == 0 for s in asked),
+                          any(s.top_p < 1 and s.temperature > 0 for s in asked), any(s.logprobs for s in asked))
+        rows = (self.graphs(run.how) if self.graphs else packed_step(caches, run, self.forced)).tolist()
         run.how = Variant()
-        for r in decoding:
-            count, *row = rows[r.slot]
+        for count, *row, r in ((*rows[r.slot], r) for r in decoding):
             self.deliver(r, [int(x) for x in row[:int(count)]], row[w:] or [0.0] * w)
 
     def deliver(self, request: Request, ids: list[int], logps: list[float]) -> None:

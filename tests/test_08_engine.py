@@ -555,3 +555,27 @@ def test_a_checkpoint_in_four_bits_is_drafted_for_like_any_other(model, rollback
     plain, drafted = nemotron.generate(small, prompts, sampling), infer.rollout_engine(draft=3, rollback=rollback)(small, prompts, sampling)
     assert [x.ids for x in drafted] == [x.ids for x in plain]
     assert isinstance(small.backbone.layers[1].mixer.experts, infer.QuantizedExperts)
+
+
+def test_a_checkpoints_scales_of_keys_reach_the_cache(model, tmp_path):
+    """Keys 2,000 times as large as E4M3 reaches: with the checkpoint's scales the cache keeps them to 4 significant bits; without, it would cut all
+    of them at 448."""
+    large = copy_of(model)
+    layer = large.backbone.layers[MICRO.pattern.index("*")].mixer
+    for proj in (layer.k_proj, layer.v_proj): proj.weight.mul_(448 * 2000 / proj.weight.abs().amax() / 4)
+    nemotron.save_checkpoint(tmp_path / "plain", large)
+    ids, t = torch.randint(20, 96, (1, 30), generator=torch.Generator().manual_seed(0)), 30
+    amax = infer.calibrate(large, [infer.Batch(ids, ids, torch.zeros_like(ids), ids > 0)])
+    recipe = infer.Recipe(weights_only=True, precision=(("*.shared_experts.*", "fp8", "shared"),))
+    infer.quantize_checkpoint(tmp_path / "plain", recipe, tmp_path / "codes", amax)
+    small = infer.load_quantized(tmp_path / "codes", dtype=torch.float32)
+    caches = SlotCaches(small, 1, 40, kv_format="fp8")
+    with torch.inference_mode():
+        rows = caches.rows(None, torch.tensor([t]), t, caches.length_b)
+        caches.trunk(ids, rows); caches.commit(rows, rows.count_r)
+    pool, want = next((p, w) for p, w in zip(caches.layers, fresh(small, ids[0].tolist())) if isinstance(p, infer.KVPool))
+    for stored, scale, theirs in ((pool.k_bhsp, pool.k_scale, want[0]), (pool.v_bhsp, pool.v_scale, want[1])):
+        assert theirs.abs().max() > 1000 and scale.item() == pytest.approx(theirs.abs().max().item() / 448, rel=0.1)
+        ours = stored.view(torch.float8_e4m3fn)[0, :, :t].float() * scale
+        assert ((ours - theirs).abs() <= theirs.abs() / 15 + scale * 2**-9).all()
+    assert next(p for p in SlotCaches(small, 1, 40).layers if isinstance(p, infer.KVPool)).k_scale == 1.0
