@@ -566,7 +566,7 @@ def test_a_checkpoints_scales_of_keys_reach_the_cache(model, tmp_path):
     nemotron.save_checkpoint(tmp_path / "plain", large)
     ids, t = torch.randint(20, 96, (1, 30), generator=torch.Generator().manual_seed(0)), 30
     amax = infer.calibrate(large, [infer.Batch(ids, ids, torch.zeros_like(ids), ids > 0)])
-    recipe = infer.Recipe(weights_only=True, precision=(("*.shared_experts.*", "fp8", "shared"),))
+    recipe = infer.Recipe(weights_only=True, precision=(("backbone.*.shared_experts.*", "fp8", "shared"),))
     infer.quantize_checkpoint(tmp_path / "plain", recipe, tmp_path / "codes", amax)
     small = infer.load_quantized(tmp_path / "codes", dtype=torch.float32)
     caches = SlotCaches(small, 1, 40, kv_format="fp8")
