@@ -347,6 +347,13 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float = 1e-5, impl: str = "auto") ->
     return F.rms_norm(u, (u.shape[-1],), weight.to(u.dtype), eps).to(x.dtype)      # u / sqrt(mean(u²) + eps) · weight, in one call
 
 
+def add_rmsnorm(x: Tensor, y: Tensor, weight: Tensor, eps: float = 1e-5, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """(x + y, rmsnorm of that): the end of one residual block and the beginning of the next, for inference. The twin has no gradient."""
+    if twin := nvfp4.find_twin("norm", "add_rmsnorm", impl, x): return twin(x, y, weight, eps)
+    x = x + y
+    return x, rmsnorm(x, weight, eps, impl)
+
+
 def gated_rmsnorm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float = 1e-5, impl: str = "auto") -> Tensor:
     """norm(y * silu(z)) group by group over the last dimension, times weight; in fp32 (or fp64), then back to y's dtype.
 
@@ -399,6 +406,31 @@ class GatedRMSNorm(RMSNorm):
 STATE_FORMATS = {"fp32": torch.float32, "fp16": torch.float16, "fp16_sr": torch.float16, "int8": torch.int8, "int8_sr": torch.int8}
 FP16_MAX, FP16_NORMAL = 65504.0, 2.0**-14       # largest value; below the second the step stays 2^-24
 INT8_TINY = 1e-30       # ours: a row with nothing larger is stored as zeros; 127 / amax would leave fp32 at 4e-37
+
+
+def conv_step(xBC_rtc: Tensor, dt_rth: Tensor, weight_c1w: Tensor, bias_c: Tensor, dt_bias_h: Tensor, limit: tuple[float, float],
+              window_bwc: Tensor, slot_r: Tensor, start_r: Tensor, real_rt: Tensor, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """Convolution and step sizes of t new tokens a row -> (silu of the convolution [r, t, c], dt after softplus and limits, 0 where no token is).
+
+    window_bwc: a ring of inputs for each slot, overwritten in place: token i of the text lies in cell i mod its length, and a new slot's is zeros.
+    With taps - 1 + t cells or more, tokens may be taken back by saying where the row starts (start_r) the next time; with fewer, real_rt's count.
+    slot_r, start_r [r]: whose tokens these are, and how many came before. real_rt: which are there; a row's are on the left. dt_rth is fp32 or fp64.
+    """
+    t, ring, old, row_r1 = xBC_rtc.shape[1], window_bwc.shape[1], weight_c1w.shape[2] - 1, slot_r[:, None]
+    few = old + t <= ring and xBC_rtc.dtype != torch.float64
+    if few and (twin := nvfp4.find_twin("conv1d", "conv_step", impl, xBC_rtc)):
+        return twin(xBC_rtc, dt_rth, weight_c1w, bias_c, dt_bias_h, limit, window_bwc, slot_r, start_r, real_rt)
+    cell_rw = (start_r[:, None] + torch.arange(-old, t, device=start_r.device)) % ring
+    if old + t <= ring:
+        window_bwc[row_r1, cell_rw[:, old:]] = xBC_rtc
+        y_rtc = F.silu(depthwise(window_bwc[row_r1, cell_rw].to(wide(xBC_rtc.dtype)), weight_c1w.to(wide(xBC_rtc.dtype))) + bias_c).to(xBC_rtc.dtype)
+    else:
+        tape_rtc = torch.cat([window := window_bwc[row_r1, cell_rw[:, :old]], xBC_rtc], 1)
+        last_rw = real_rt.sum(1, keepdim=True) + torch.arange(old, device=start_r.device)       # the last inputs that are there
+        window_bwc[row_r1, cell_rw.gather(1, last_rw)] = tape_rtc[torch.arange(len(tape_rtc), device=start_r.device)[:, None], last_rw]
+        y_rtc, _ = causal_conv1d(xBC_rtc, weight_c1w, bias_c, window, impl=impl)
+    dt_rth = F.softplus(dt_rth.to(wide(dt_rth.dtype)) + dt_bias_h).clamp(*limit)
+    return y_rtc, torch.where(real_rt[..., None], dt_rth, 0.0)        # PITFALL: after the clamp, whose lower limit may be above 0
 
 
 class QuantizedState(NamedTuple):

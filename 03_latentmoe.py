@@ -71,7 +71,10 @@ class RouterLogits(torch.autograd.Function):
         return fp32_product(dlogits_re, weight_ed.T).to(x_rd.dtype), fp32_product(dlogits_re.T, x_rd.T).to(weight_ed.dtype)
 
 
-def route(x_rd: Tensor, weight_ed: Tensor, bias_e: Tensor, k: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+FEW_ROWS = 64        # ours: so many tokens of a decode step are routed by two kernels of our own, which have no gradient
+
+
+def route(x_rd: Tensor, weight_ed: Tensor, bias_e: Tensor, k: int, scale: float, impl: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
     """(weights_rk, experts_rk, scores_re): how much, who, and every expert's score, in fp32 whatever x is (float64 stays float64).
 
     scores .9 .5 .4, bias 0 0 .2, k 2, scale 1  ->  experts 0 and 2, weights .9/1.3 and .4/1.3: the bias chose expert 2 but did not raise it.
@@ -81,6 +84,8 @@ def route(x_rd: Tensor, weight_ed: Tensor, bias_e: Tensor, k: int, scale: float)
     if bias_e.shape != (e,): raise ValueError(f"the selection bias needs one value for each of {e} experts, got shape {tuple(bias_e.shape)}")
     if not 1 <= k <= e: raise ValueError(f"cannot choose k={k} of {e} experts: k must lie between 1 and {e}")
 
+    few = len(x_rd) <= FEW_ROWS and x_rd.dtype != torch.float64 and not torch.is_grad_enabled()
+    if few and (twin := nvfp4.find_twin("experts", "route", impl, x_rd)): return twin(x_rd, weight_ed, bias_e, k, scale)
     # PITFALL: two experts whose scores differ by less than a bf16 step swap places; then training and inference use different experts.
     wide = torch.float64 if x_rd.dtype == torch.float64 else torch.float32
     with torch.autocast(x_rd.device.type, enabled=False):
@@ -97,8 +102,9 @@ def route(x_rd: Tensor, weight_ed: Tensor, bias_e: Tensor, k: int, scale: float)
 #     y = sum over the chosen experts i of  p_i · Down_i relu(Up_i x)²
 # Two matrices an expert, no gate, no bias. Weights are stacked: up_efl, down_elf.
 
-def relu2(x: Tensor) -> Tensor:
+def relu2(x: Tensor, impl: str = "auto") -> Tensor:
     """Squared ReLU: -2 -> 0, 3 -> 9."""
+    if not torch.is_grad_enabled() and (twin := nvfp4.find_twin("experts", "relu2", impl, x)): return twin(x)
     h = x.relu()
     return h * h      # PITFALL: h.square() is a power to autocast, which computes powers in fp32: bf16 in, fp32 out on a GPU
 
@@ -495,21 +501,23 @@ class LatentMoE(nn.Module):
             self.fc1_latent_proj = nn.Linear(d_model, latent, bias=False)
             self.fc2_latent_proj = nn.Linear(latent, d_model, bias=False)
 
-    def forward(self, x_btd: Tensor, valid_bt: Tensor | None = None, impl: str = "auto") -> tuple[Tensor, Balance]:
-        """(y_btd, Balance). valid_bt False marks padding: it is routed like any token, but counted in neither load nor loss."""
-        b, t, d = x_btd.shape
-        x_rd = x_btd.reshape(b * t, d)
+    def mix(self, x_btd: Tensor, impl: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+        """(y_btd, experts_rk, scores_re): the layer itself. Serving stops here, nobody asks it for a balance."""
+        x_rd = x_btd.reshape(-1, x_btd.shape[-1])
         weights_rk, experts_rk, scores_re = self.gate(x_rd)
-
         z_rl = x_rd if self.latent is None else self.fc1_latent_proj(x_rd)
         routed_rd = self.experts(z_rl, weights_rk, experts_rk, impl)
         if self.latent is not None: routed_rd = self.fc2_latent_proj(routed_rd)
-        y_rd = routed_rd + self.shared_experts(x_rd)
+        return (routed_rd + self.shared_experts(x_rd)).view(x_btd.shape), experts_rk, scores_re
 
+    def forward(self, x_btd: Tensor, valid_bt: Tensor | None = None, impl: str = "auto") -> tuple[Tensor, Balance]:
+        """(y_btd, Balance). valid_bt False marks padding: it is routed like any token, but counted in neither load nor loss."""
+        b, t, _ = x_btd.shape
+        y_btd, experts_rk, scores_re = self.mix(x_btd, impl)
         # a training signal only, so decoding does not pay for it
         aux = sequence_aux_loss(scores_re.unflatten(0, (b, t)), self.gate.k, valid_bt, self.context) if self.training else scores_re.new_zeros(())
         load_e = count_load(experts_rk, scores_re.shape[1], None if valid_bt is None else valid_bt.reshape(-1))
-        return y_rd.view(b, t, d), Balance(aux, load_e)
+        return y_btd, Balance(aux, load_e)
 
 
 # %% 8 · Measurements

@@ -367,8 +367,8 @@ def load_quantized(directory: str | Path, device: str | torch.device = "cpu", dt
 
 # %% 4 · Slot caches  [Ultra, inference]
 # A server holds a fixed number of slots; a sequence lives in one until it ends. Tensors keep shape and address for good, and how far each slot is
-# filled stands in tensors of lengths: what a CUDA graph needs. A pass over tokens that may be rejected must be taken back. Keys and values: by the
-# length. Conv window: cut at the accepted length out of the inputs that the pass keeps. SSM state, two ways (stage 02, section 7):
+# filled stands in tensors of lengths: what a CUDA graph needs. A pass over tokens that may be rejected must be taken back. Keys, values and the conv
+# window, a ring by place in the text: by the length. SSM state, two ways (stage 02, section 7):
 #   snapshot   a ring of k + 2 entries a slot: the state before the window, and after each of its k + 1 tokens; accepting moves a pointer.
 #   replay     one state a slot and the inputs since it was written, at most RING; accepting moves a cursor. A ring without room for a window is
 #              worked into the state, so rounded formats are rounded once a flush instead of once a token.
@@ -387,6 +387,8 @@ class Rows(NamedTuple):
     every: bool                         # the rows are all slots in order: no copy of the keys
     full: bool                          # and each brings one token, to keep: the usual step
     write: str                          # what becomes of the SSM states, as in mamba.ssd_step
+    states: Tensor | None = None        # SlotCaches.states_of
+    turn: tuple[Tensor, Tensor] | None = None       # of a CPU's usual step: the new token's cell in the conv windows, and each cell's tap
 
 
 class KVPool:
@@ -405,13 +407,17 @@ class KVPool:
         return (z.view(torch.float8_e4m3fn).float() * scale if fp8 else z).to(new_rthp.dtype)
 
     def mix(self, layer: nemotron.Attention, u_rtd: Tensor, rows: Rows) -> Tensor:
-        r, t, _ = u_rtd.shape
-        q_rthp, k_rthp, v_rthp = (proj(u_rtd).view(r, t, -1, layer.head_dim) for proj in (layer.q_proj, layer.k_proj, layer.v_proj))
+        q_rthp, k_rthp, v_rthp = (proj(u_rtd).unflatten(-1, (-1, layer.head_dim)) for proj in (layer.q_proj, layer.k_proj, layer.v_proj))
+        return layer.o_proj(self.attend_cells(q_rthp, k_rthp, v_rthp, rows).flatten(2))
+
+    def attend_cells(self, q_rthp: Tensor, k_rthp: Tensor, v_rthp: Tensor, rows: Rows, impl: str = "auto") -> Tensor:
+        """New tokens into their cells -> what each reads of its slot's cells up to its own, [r, t, h, p]. The twin needs no `seen`."""
+        twin = None if q_rthp.dtype == torch.float64 else nvfp4.find_twin("attention", "attend_cells", impl, q_rthp)
+        if twin: return twin(self, q_rthp, k_rthp, v_rthp, rows)
         k_rhsp, v_rhsp = self.exchange(self.k_bhsp, k_rthp, self.k_scale, rows), self.exchange(self.v_bhsp, v_rthp, self.v_scale, rows)
         # NOTE: cells behind the own place hold rejected drafts or an earlier owner's keys; only this mask keeps them out
-        mask_r1ts = (torch.arange(rows.seen, device=u_rtd.device) <= rows.at_rt[..., None])[:, None]
-        y_rhtp = F.scaled_dot_product_attention(q_rthp.transpose(1, 2), k_rhsp, v_rhsp, attn_mask=mask_r1ts, enable_gqa=True)
-        return layer.o_proj(y_rhtp.transpose(1, 2).reshape(r, t, -1))
+        mask_r1ts = (torch.arange(rows.seen, device=q_rthp.device) <= rows.at_rt[..., None])[:, None]
+        return F.scaled_dot_product_attention(q_rthp.transpose(1, 2), k_rhsp, v_rhsp, attn_mask=mask_r1ts, enable_gqa=True).transpose(1, 2)
 
 
 class MambaPool:
@@ -422,7 +428,7 @@ class MambaPool:
         zeros = make(b * caches.entries, h, p, n, dtype=mamba.wide(dtype))
         self.caches, self.i, self.layer = caches, i, layer
         self.state = mamba.quantize_state(zeros, caches.state_format.removesuffix("_sr"), impl="torch")
-        self.window_bwc, self.tape_rtc = make(b, taps - 1, channels, dtype=dtype), None     # tape: window and inputs of the pass not committed yet
+        self.window_bwc = make(b, taps + caches.draft, channels, dtype=dtype)       # a ring by place in the text, see mamba.conv_step
         sizes = ((h, p), (h,), (g, n), (g, n)) if caches.replays else ()      # x, dt, B, C
         self.kept = [make(b, RING + 1, *z, dtype=mamba.wide(dtype) if len(z) == 1 else dtype) for z in sizes]
 
@@ -434,19 +440,18 @@ class MambaPool:
     def mix(self, layer: mamba.Mamba2, u_rtd: Tensor, rows: Rows) -> Tensor:
         h, p, g, n = layer.heads, layer.head_dim, layer.groups, layer.state
         z_rti, xBC_rtc, dt_rth = layer.in_proj(u_rtd).split([h * p, h * p + 2 * g * n, h], dim=-1)
-        if rows.full and self.caches.plain: return layer.out_proj(layer.norm(self.single(layer, xBC_rtc, dt_rth), z_rti))
-        window = self.window_bwc if rows.every else self.window_bwc[rows.slot_r]
-        self.tape_rtc = torch.cat([window, xBC_rtc], 1)
-        xBC_rtc, _ = mamba.causal_conv1d(xBC_rtc, layer.conv1d.weight, layer.conv1d.bias, window)
-        x_rthp, dt_rth, _, B_rtgn, C_rtgn = layer.scan_inputs(xBC_rtc, dt_rth)
-        dt_rth = dt_rth.masked_fill(~rows.real_rt[..., None], 0)        # PITFALL: after the clamp, whose lower limit may be above 0
-        return layer.out_proj(layer.norm(self.scan((x_rthp, dt_rth, B_rtgn, C_rtgn), rows).flatten(2), z_rti))
+        if rows.full and self.caches.plain: return layer.out_proj(layer.norm(self.single(layer, xBC_rtc, dt_rth, rows), z_rti))
+        xBC_rtc, dt_rth = mamba.conv_step(xBC_rtc, dt_rth, layer.conv1d.weight, layer.conv1d.bias, layer.dt_bias, layer.time_step_limit,
+                                          self.window_bwc, rows.slot_r, rows.start_r, rows.real_rt)
+        x_rti, B_rti, C_rti = xBC_rtc.split([h * p, g * n, g * n], dim=-1)
+        y_rthp = self.scan((x_rti.unflatten(-1, (h, p)), dt_rth, B_rti.unflatten(-1, (g, n)), C_rti.unflatten(-1, (g, n))), rows)
+        return layer.out_proj(layer.norm(y_rthp.flatten(2), z_rti))
 
-    def single(self, layer: mamba.Mamba2, xBC_b1c: Tensor, dt_b1h: Tensor) -> Tensor:
+    def single(self, layer: mamba.Mamba2, xBC_b1c: Tensor, dt_b1h: Tensor, rows: Rows) -> Tensor:
         """Convolution and scan [b, 1, h p] of a CPU's usual step in few operators: their number is its time."""
-        tape_bwc = torch.cat([self.window_bwc, xBC_b1c], 1)
-        self.window_bwc.copy_(tape_bwc[:, 1:])
-        y_b1c = (tape_bwc * layer.conv1d.weight[:, 0].T.contiguous()).sum(1, keepdim=True).add_(layer.conv1d.bias)
+        cell_b, tap_bw = rows.turn
+        self.window_bwc[rows.slot_r, cell_b] = xBC_b1c[:, 0]
+        y_b1c = (self.window_bwc * layer.conv1d.weight[:, 0].T[tap_bw]).sum(1, keepdim=True).add_(layer.conv1d.bias)
         x, dt, A_h, B, C = (z if z.dim() == 1 else z[:, 0] for z in layer.scan_inputs(F.silu(y_b1c), dt_b1h))
         return mamba.move_state(self.state, x, dt, A_h, B, C, layer.D, None).flatten(1)[:, None]
 
@@ -454,23 +459,18 @@ class MambaPool:
         """y [r, t, h, p] and the states moved on, snapshotted or left, as rows.write says."""
         (x, dt, B, C), slot_r, (_, t), caches = new, rows.slot_r, rows.real_rt.shape, self.caches
         if rows.every and t == caches.entries == 1 and caches.state_format == "fp32": return self.step(*(z[:, 0] for z in new), None)[:, None]
-        entry_r, step_t = caches.entry_b[slot_r], torch.arange(t, device=dt.device)
-        here_r = torch.where(rows.count_r > 0, slot_r * caches.entries + entry_r, -1)
-        if rows.write == "each":
-            after_rt = slot_r[:, None] * caches.entries + (entry_r[:, None] + 1 + step_t) % caches.entries
-            return self.step(*new, torch.cat([here_r[:, None], after_rt.masked_fill(~rows.real_rt, -1)], 1), "each")
+        if rows.write == "each": return self.step(*new, rows.states, "each")
         if rows.write == "none":
-            kept_r1 = caches.kept_b[slot_r][:, None]
-            at_rt = torch.where(rows.real_rt, kept_r1 + step_t, RING)
+            at_rt = torch.where(rows.real_rt, caches.kept_b[slot_r][:, None] + torch.arange(t, device=dt.device), RING)
             for ring, z in zip(self.kept, new): ring[slot_r[:, None], at_rt] = z
             x, dt, B, C = self.kept if rows.every else (ring[slot_r] for ring in self.kept)
             # NOTE: rejected inputs and the cell for no token lie behind; the recurrence does not look ahead, and nothing is written
-            y = self.step(x, dt, B, C, here_r, "none")
+            y = self.step(x, dt, B, C, rows.states, "none")
             return y.gather(1, at_rt[..., None, None].expand(-1, -1, *y.shape[2:]))
-        if t <= (32 if caches.static else 4): return self.step(*new, here_r)      # ours: 02's step goes from token to token, its twin does not
-        S_rhpn, A_h = mamba.read_slots(self.state, here_r), -self.layer.A_log.to(dt.dtype).exp()
+        if t <= (32 if caches.static else 4): return self.step(*new, rows.states)      # ours: 02's step goes token by token, its twin does not
+        S_rhpn, A_h = mamba.read_slots(self.state, rows.states), -self.layer.A_log.to(dt.dtype).exp()
         y, S_rhpn = mamba.ssd_chunked(x, dt, A_h, B, C, self.layer.D, self.layer.chunk, S_rhpn)
-        mamba.write_slots(self.state, S_rhpn, here_r, caches.state_format, caches.seed_l[self.i])
+        mamba.write_slots(self.state, S_rhpn, rows.states, caches.state_format, caches.seed_l[self.i])
         return y
 
 
@@ -504,13 +504,18 @@ class SlotCaches:
         # dice of stochastic rounding, other ones for every call: in memory, where a CUDA graph finds them and moves them on
         self.seed_l = torch.tensor([nvfp4.draw_seed_for(seed, 0, 0, i) for i in range(len(self.layers))], device=device)
 
-    def run(self, block: nemotron.Block, x_rtd: Tensor, pool: KVPool | MambaPool | None, rows: Rows) -> Tensor:
-        u_rtd, layer = block.norm(x_rtd), block.mixer
-        if pool is not None: return x_rtd + pool.mix(layer, u_rtd, rows)
-        # the layer's forward without what training counts: a third of a small model's kernels
-        u_rd = u_rtd.flatten(0, 1)
-        y_rd = layer.experts(u_rd if layer.latent is None else layer.fc1_latent_proj(u_rd), *layer.gate(u_rd)[:2])
-        return x_rtd + ((y_rd if layer.latent is None else layer.fc2_latent_proj(y_rd)) + layer.shared_experts(u_rd)).view(x_rtd.shape)
+    def mix(self, block: nemotron.Block, u_rtd: Tensor, pool: KVPool | MambaPool | None, rows: Rows) -> Tensor:
+        """A block without its norm and residual."""
+        return block.mixer.mix(u_rtd)[0] if pool is None else pool.mix(block.mixer, u_rtd, rows)
+
+    def states_of(self, rows: Rows) -> Tensor:
+        """Which states a pass reads (and those that it writes behind each token): an entry a row, -1 where there is no token."""
+        entry_r = self.entry_b if rows.every else self.entry_b[rows.slot_r]
+        here_r = torch.where(rows.count_r > 0, rows.slot_r * self.entries + entry_r, -1)
+        if rows.write != "each": return here_r
+        step_t = torch.arange(1, rows.real_rt.shape[1] + 1, device=here_r.device)
+        after_rt = rows.slot_r[:, None] * self.entries + (entry_r[:, None] + step_t) % self.entries
+        return torch.cat([here_r[:, None], after_rt.masked_fill(~rows.real_rt, -1)], 1)
 
     def trunk(self, ids_rt: Tensor, rows: Rows) -> Tensor:
         """The trunk's hiddens after its final norm [r, t, d]; `commit` must follow."""
@@ -519,14 +524,20 @@ class SlotCaches:
             full_r = (rows.count_r > 0) & (self.kept_b[rows.slot_r] > limit)
             self.flush(torch.zeros_like(self.kept_b, dtype=torch.bool).index_copy_(0, rows.slot_r, full_r))
         self.seed_l.add_(1)
-        x_rtd = self.model.backbone.embeddings(ids_rt)
-        for block, pool in zip(self.model.backbone.layers, self.layers): x_rtd = self.run(block, x_rtd, pool, rows)
-        return self.model.backbone.norm_f(x_rtd)
+        if rows.full and self.plain and self.mambas:        # the cell of the new token in a conv window, and the tap that each cell meets
+            cells, cell_b = self.mambas[0].window_bwc.shape[1], rows.start_r % self.mambas[0].window_bwc.shape[1]
+            rows = rows._replace(turn=(cell_b, (torch.arange(cells) - 1 - cell_b[:, None]) % cells))
+        else: rows = rows._replace(states=self.states_of(rows))
+        x_rtd, blocks = self.model.backbone.embeddings(ids_rt), self.model.backbone.layers
+        u_rtd = blocks[0].norm(x_rtd)
+        for block, pool, norm in zip(blocks, self.layers, [*(later.norm for later in blocks[1:]), self.model.backbone.norm_f]):
+            x_rtd, u_rtd = mamba.add_rmsnorm(x_rtd, self.mix(block, u_rtd, pool, rows), norm.weight, norm.eps)
+        return u_rtd
 
     def head(self, ids_rt: Tensor, hidden_rtd: Tensor, rows: Rows) -> Tensor:
         """The MTP head's hiddens [r, t, d], from each place's hidden and the token that came after it."""
         pools = iter(self.head_layers)
-        run = lambda block, x_rtd, *_: (self.run(block, x_rtd, next(pools), rows), None)
+        run = lambda block, x_rtd, *_: (x_rtd + self.mix(block, block.norm(x_rtd), next(pools), rows), None)
         return self.model.mtp(self.model.backbone.embeddings(ids_rt), hidden_rtd, run=run)[0]
 
     def rows(self, slot_r: Tensor | None, count_r: Tensor, t: int, start_b: Tensor, write: str = "last", seen: int | None = None,
@@ -545,10 +556,6 @@ class SlotCaches:
         self.length_b[at] += keep_r
         if rows.write == "each": self.entry_b[at] = (self.entry_b[at] + keep_r) % self.entries
         if rows.write == "none": self.kept_b[at] += keep_r
-        if not self.mambas or rows.full and self.plain: return       # the usual step has moved its windows on
-        _, w, c = self.mambas[0].window_bwc.shape
-        place_rwc = (keep_r[:, None] + torch.arange(w, device=keep_r.device))[..., None].expand(-1, -1, c)
-        for pool in self.mambas: pool.window_bwc[at] = pool.tape_rtc.gather(1, place_rwc); pool.tape_rtc = None
 
     def flush(self, full_b: Tensor) -> None:
         """Works the kept inputs of some slots into their states: the step over them that writes."""

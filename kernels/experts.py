@@ -51,6 +51,11 @@ dW 5.5 and 6.0; forward 7.7, with backward 27.7. 64 tokens: forward 4.52 (the we
 Tried: row tiles of at most 128, up 4.30, as weights pass the L2 twice (37 GB through it, 95 % of its throughput); dW with a loop over 3 blocks of
 rows a tile, 6.7 and 6.0; the panel with pointers in place of descriptors, 6.1 and 6.2.
 
+A decode step routes a few tokens: `route` without a gradient in two launches, where PyTorch takes some 20. The first computes scores, a few experts
+and tokens a program, in fp32 by fused multiply-adds: 67 M of them for 32 tokens of Super, which is nothing, and no operand is cut into bf16 parts.
+The second takes a token: a score that orders as an integer, with the expert's number below it, makes choosing one reduction a place; equal scores go
+to the smaller number (torch.topk leaves that open). `relu2` is one launch in place of two.
+
 Left to the stage: training in NVFP4 (`recipe`; its products have kernels of their own) and float64, in which tests compare algorithms. Where rows
 leave between sorting and summing (NVFP4, expert parallelism), copy_to_experts and weighted_sum are those two ends with a backward of their own:
 autograd's adds rows up with atomics. Preset gap trains in NVFP4 at 322,000 tokens/s in place of 294,000.
@@ -552,3 +557,70 @@ def experts_grouped(x_rl: Tensor, weights_rk: Tensor, experts_rk: Tensor, up_efl
     x_rl, up_efl, down_elf = x_rl.to(dtype), up_efl.to(dtype).contiguous(), down_elf.to(dtype).contiguous()
     if dtype == torch.float64: return moe.experts_sorted(x_rl, weights_rk, experts_rk, up_efl, down_elf)
     return _Experts.apply(x_rl, weights_rk.contiguous(), up_efl, down_elf, _Routing(experts_rk, e))
+
+
+# --- a decode step
+
+@triton.jit
+def _scores_kernel(x, weight, scores, rows, stride_x, E: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
+                   BLOCK_D: tl.constexpr):
+    """sigmoid(x · weightᵀ); the sum over d is kept open in registers until the end."""
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None, None]
+    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)[None, :, None]
+    acc_red = tl.zeros((BLOCK_R, BLOCK_E, BLOCK_D), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)[None, None, :]
+        x_r1d = tl.load(x + r * stride_x + d, mask=(r < rows) & (d < D), other=0).to(tl.float32)
+        acc_red += x_r1d * tl.load(weight + e * D + d, mask=(e < E) & (d < D), other=0).to(tl.float32)
+    r, e = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None], tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
+    tl.store(scores + r * E + e, 1 / (1 + tl.exp(-tl.sum(acc_red, axis=2))), mask=(r < rows) & (e < E))
+
+
+@triton.jit
+def _choose_kernel(scores, bias, weights, experts, scale, E: tl.constexpr, K: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr):
+    """One token: its k experts by score + bias, the largest first, and their weights."""
+    r, e, place = tl.program_id(0), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
+    value_e = tl.load(scores + r * E + e, mask=e < E, other=0.0) + tl.load(bias + e, mask=e < E, other=0.0).to(tl.float32)
+    bits_e = value_e.to(tl.int32, bitcast=True)
+    bits_e = bits_e ^ ((bits_e >> 31) & 0x7FFFFFFF)        # orders as the values do
+    key_e = tl.where(e < E, (bits_e.to(tl.int64) << 32) | (BLOCK_E - 1 - e), -0x7FFFFFFFFFFFFFFF)
+    chosen_k = tl.zeros((BLOCK_K,), tl.int32)
+    for i in range(K):
+        best = BLOCK_E - 1 - (tl.max(key_e, axis=0) & 0xFFFFFFFF).to(tl.int32)
+        chosen_k = tl.where(place == i, best, chosen_k)
+        key_e = tl.where(e == best, -0x7FFFFFFFFFFFFFFF, key_e)
+    score_k = tl.load(scores + r * E + chosen_k, mask=place < K, other=0.0)
+    tl.store(weights + r * K + place, tl.div_rn(scale * score_k, tl.zeros_like(score_k) + (tl.sum(score_k) + 1e-20)), mask=place < K)
+    tl.store(experts + r * K + place, chosen_k.to(tl.int64), mask=place < K)
+
+
+@triton.jit
+def _relu2_kernel(x, out, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    h = tl.load(x + at, mask=at < n, other=0)
+    h = h.to(tl.float64 if out.dtype.element_ty == tl.float64 else tl.float32)
+    h = tl.where(h <= 0, 0.0, h)        # a maximum would drop a NaN
+    tl.store(out + at, narrow(h * h, out.dtype.element_ty), mask=at < n)
+
+
+def route(x_rd: Tensor, weight_ed: Tensor, bias_e: Tensor, k: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(weights_rk, experts_rk, scores_re) for few tokens, without a gradient; of equal scores + biases the smaller expert goes first."""
+    (r, d), e = x_rd.shape, weight_ed.shape[0]
+    make = lambda n, dtype: torch.empty(r, n, dtype=dtype, device=x_rd.device)
+    weights_rk, experts_rk, scores_re = make(k, torch.float32), make(k, torch.int64), make(e, torch.float32)
+    x_rd, rows = x_rd if x_rd.stride(1) == 1 else x_rd.contiguous(), min(8, triton.next_power_of_2(max(r, 1)))
+    tile = dict(BLOCK_R=rows, BLOCK_E=2 if rows == 1 else 4, BLOCK_D=min(512 if rows == 1 else 128, triton.next_power_of_2(d)))
+    if r:
+        _scores_kernel[(triton.cdiv(e, tile["BLOCK_E"]), triton.cdiv(r, rows))](
+            x_rd, weight_ed.contiguous(), scores_re, r, x_rd.stride(0), E=e, D=d, **tile, num_warps=4)
+        block = triton.next_power_of_2(e)       # one warp up to 512 experts: its lanes agree on the largest without shared memory
+        _choose_kernel[(r,)](scores_re, bias_e, weights_rk, experts_rk, float(scale), E=e, K=k, BLOCK_E=block, BLOCK_K=triton.next_power_of_2(k),
+                             num_warps=max(1, block // 512))
+    return weights_rk, experts_rk, scores_re
+
+
+def relu2(x: Tensor) -> Tensor:
+    """relu(x)², without a gradient, rounded once."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if out.numel(): _relu2_kernel[(triton.cdiv(out.numel(), 1024),)](x.contiguous(), out, out.numel(), BLOCK=1024, num_warps=4)
+    return out

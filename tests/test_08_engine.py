@@ -93,7 +93,7 @@ def held(caches, slot):
     for pool in caches.layers:
         if isinstance(pool, infer.KVPool): out.append((pool.k_bhsp[slot, :, :n], pool.v_bhsp[slot, :, :n]))
         elif pool is None: out.append(())
-        else: out.append((pool.window_bwc[slot], mamba.dequantize_state(pool.state)[at]))
+        else: out.append((pool.window_bwc[slot, torch.arange(n - 3, n) % pool.window_bwc.shape[1]], mamba.dequantize_state(pool.state)[at]))
     return out
 
 
@@ -537,7 +537,7 @@ def test_the_caches_cost_what_the_report_says():
     model = nemotron.Nemotron(MICRO).bfloat16()
     for kv, size in (("fp8", 1), (None, 2), ("bf16", 2), ("fp32", 4)):
         one = SlotCaches(model, 3, 63, kv_format=kv).bytes_per_slot()
-        assert one == dict(kv=64 * 2 * 2 * 8 * size, state=2 * 16 * 4 * 8 * 4, window=2 * 3 * 96 * 2, kept=0)
+        assert one == dict(kv=64 * 2 * 2 * 8 * size, state=2 * 16 * 4 * 8 * 4, window=2 * 4 * 96 * 2, kept=0)
     plain, snap, ring = (SlotCaches(model, 2, 64, k, r).bytes_per_slot() for k, r in ((0, "snapshot"), (6, "snapshot"), (6, "replay")))
     assert snap["state"] == 8 * plain["state"] and ring["state"] == plain["state"] and ring["kept"] == 2 * 17 * (2 * 64 + 2 * 2 * 2 * 8 + 4 * 16)
     assert snap["kv"] == 2 * (64 + 6 + 1) * 2 * 2 * 8 * 2       # the head has keys of its own

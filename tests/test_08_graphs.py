@@ -171,6 +171,10 @@ def test_a_step_without_a_decoding_slot_changes_nothing(monkeypatch, model, k, r
     for name, z in memory(engine).items():
         if name.endswith((" k", " v")): assert torch.equal(z[:, :, :-1], before[name][:, :, :-1]), name
         elif "kept " in name: assert torch.equal(z[:, :-1], before[name][:, :-1]), name
+        elif name.endswith("window"):       # a ring: cells of the last tokens, and others that the next tokens overwrite before anyone reads them
+            past_bw = (engine.caches.length_b[:, None] - torch.arange(1, z.shape[1] - k)) % z.shape[1]
+            at = torch.arange(len(z))[:, None], past_bw
+            assert past_bw.shape[1] == 3 and torch.equal(z[at], before[name][at]), name
         elif name not in ("seed_l", "ids_bw", "hidden_bwd"): assert torch.equal(z, before[name]), name
 
 

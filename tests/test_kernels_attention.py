@@ -1,12 +1,15 @@
-"""kernels/attention.py against the dense mask of stage 04: the blocks by counting, the values on a CPU unfused, forward and backward on a GPU."""
+"""kernels/attention.py against the dense mask of stage 04: the blocks by counting, the values on a CPU unfused, forward and backward on a GPU.
+The decode step over cells against sums written out in float64."""
 import importlib
+import types
 
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_checks import DEVICE, assert_no_worse, randn
 from torch.nn.attention.flex_attention import flex_attention
 
-model04, twin = importlib.import_module("04_model"), importlib.import_module("kernels.attention")
+model04, infer, twin = (importlib.import_module(name) for name in ("04_model", "08_infer", "kernels.attention"))
 SIZES = [(300, 300), (256, 512), (700, 700), (128, 1000), (130, 387), (7, 900), (1, 1)]      # t, s
 
 
@@ -110,3 +113,100 @@ def test_a_model_step_with_blocks_equals_the_step_with_a_dense_mask(monkeypatch)
     for total, grads in (blocks, recorded):
         assert total.item() == pytest.approx(plain[0].item(), rel=1e-5)
         assert F.cosine_similarity(grads, plain[1], dim=0) > 1 - 1e-5
+
+
+# ---- a decode step over cells
+
+def cells_pass(turn, pool, slots, starts, counts, t, h, dtype, seen):
+    """(q, k, v, rows) of one pass; q, k and v are slices of one projection."""
+    heads, p = pool.k_bhsp.shape[1], pool.k_bhsp.shape[3]
+    q, k, v = randn(len(slots), t, h + 2 * heads, p, seed=turn, dtype=dtype, scale=2.0).split([h, heads, heads], 2)
+    slot, start, count = (torch.tensor(z, device=DEVICE) for z in (slots, starts, counts))
+    real = torch.arange(t, device=DEVICE) < count[:, None]
+    at = (start[:, None] + torch.arange(t, device=DEVICE)).clamp(max=pool.k_bhsp.shape[2] - 1)
+    return q, k, v, types.SimpleNamespace(slot_r=slot, start_r=start, count_r=count, real_rt=real, at_rt=at, seen=seen, every=False)
+
+
+def written_out(q, pool, rows):
+    """Token by token in float64: softmax over the cells up to its own of its slot, heads of a group on one key head; [r, t, h, p], 0 for no token."""
+    values = lambda z, scale: (z.view(torch.float8_e4m3fn).float() if z.dtype == torch.uint8 else z).double() * scale
+    k_bhsp, v_bhsp, y = values(pool.k_bhsp, pool.k_scale), values(pool.v_bhsp, pool.v_scale), torch.zeros(q.shape, dtype=torch.float64)
+    for r, (slot, start, count) in enumerate(zip(rows.slot_r.tolist(), rows.start_r.tolist(), rows.count_r.tolist())):
+        for i in range(count):
+            for head in range(q.shape[2]):
+                at = slot, head // (q.shape[2] // k_bhsp.shape[1]), slice(0, start + i + 1)
+                chance_s = torch.softmax(k_bhsp[at] @ q[r, i, head].double() / q.shape[3] ** 0.5, 0)
+                y[r, i, head] = (chance_s @ v_bhsp[at]).cpu()
+    return y
+
+
+CASES = {       # slots and rows' (slot, start, count); cells, heads, key heads, width, tokens a row
+    "one token": (3, [(2, 200, 1), (0, 0, 1)], 260, 4, 2, 16, 1),
+    "odd sizes, a window, none": (4, [(1, 129, 4), (3, 64, 0), (0, 63, 2)], 140, 6, 2, 11, 4),
+    "no slot has a token": (2, [(0, 5, 0), (1, 70, 0)], 100, 2, 1, 8, 2),
+    "a chunk over several blocks of queries": (2, [(1, 60, 37), (0, 0, 40)], 130, 8, 2, 16, 40),
+}
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=["fp32", "bf16", "fp8"])
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_new_tokens_read_their_slots_cells(case, splits, stored, monkeypatch):
+    """Cells behind the length hold large numbers, as rejected drafts might; a cell one too far, a stretch that is lost or read twice, another slot's
+    or head's cells, a query's head in another group, or a scale forgotten, show. What is not there is 0 and writes nothing."""
+    b, where, cells, h, heads, p, t = CASES[case]
+    dtype = torch.float32 if stored == torch.float32 else torch.bfloat16
+    monkeypatch.setattr(twin, "_splits", lambda programs, cells, block: splits)
+    ours, plain = (infer.KVPool(b, heads, cells, p, stored, DEVICE) for _ in range(2))
+    fill = randn(2, b, heads, cells, p, seed=50, scale=3.0)
+    for pool in (ours, plain):
+        for z, x in zip((pool.k_bhsp, pool.v_bhsp), fill):
+            z.copy_(x.to(stored).view(torch.uint8) if stored == torch.float8_e4m3fn else x)
+        if stored == torch.float8_e4m3fn: pool.k_scale, pool.v_scale = 0.5, torch.tensor(2.0, device=DEVICE)
+    if stored == torch.float8_e4m3fn: ours.k_scale = torch.tensor(0.5, device=DEVICE)
+    q, k, v, rows = cells_pass(1, ours, *map(list, zip(*where)), t, h, dtype, cells - 1)
+    y, y_plain = ours.attend_cells(q, k, v, rows, impl="triton"), plain.attend_cells(q, k, v, rows, impl="torch")
+    for a, c in ((ours.k_bhsp, plain.k_bhsp), (ours.v_bhsp, plain.v_bhsp)): assert torch.equal(a[:, :, :-1], c[:, :, :-1])
+    exact = written_out(q, ours, rows)
+    assert y.isfinite().all() and not y[~rows.real_rt].any()
+    if rows.real_rt.any(): assert_no_worse(y[rows.real_rt], y_plain[rows.real_rt], exact[rows.real_rt.cpu()])
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_a_broken_query_stays_broken(splits, monkeypatch):
+    """NaN in one head's query: that head's answer is NaN and no other's. An answer of zeros would hide a broken model."""
+    monkeypatch.setattr(twin, "_splits", lambda programs, cells, block: splits)
+    pool = infer.KVPool(2, 2, 300, 16, torch.float32, DEVICE)
+    q, k, v, rows = cells_pass(1, pool, [1, 0], [200, 3], [1, 1], 1, 4, torch.float32, 299)
+    q[0, 0, 2, 5] = float("nan")
+    y = pool.attend_cells(q, k, v, rows, impl="triton")
+    assert y[0, 0, 2].isnan().all() and y.isnan().sum() == 16
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")       # the interpreter's NumPy tells of 3e38 / 0.3
+def test_keys_are_rounded_to_fp8_as_the_stage_rounds_them():
+    """Every bf16 number within range and beyond: ties, subnormal numbers, the cut at 448, both signs, NaN; the scale is no power of two."""
+    x = torch.arange(2**16, device=DEVICE).to(torch.uint16).view(torch.bfloat16)
+    x = torch.where(x.isinf(), 1.0, x).view(64, 1, 16, 64)      # [r, t, heads, p]
+    pools = [infer.KVPool(64, 16, 2, 64, torch.float8_e4m3fn, DEVICE) for _ in range(2)]
+    for pool, impl in zip(pools, ("triton", "torch")):
+        pool.k_scale = pool.v_scale = 0.3
+        *_, rows = cells_pass(1, pool, list(range(64)), [0] * 64, [1] * 64, 1, 16, torch.bfloat16, 1)
+        pool.attend_cells(torch.zeros_like(x), x, -x, rows, impl=impl)
+    for ours, plain in ((pools[0].k_bhsp, pools[1].k_bhsp), (pools[0].v_bhsp, pools[1].v_bhsp)):
+        ours, plain = (z[:, :, 0].contiguous().view(torch.float8_e4m3fn).float() for z in (ours, plain))
+        assert torch.equal(ours.isnan(), plain.isnan()) and torch.equal(ours.nan_to_num(), plain.nan_to_num())
+
+
+def test_stretches_fill_the_gpu_and_never_outnumber_the_blocks():
+    """A power of two each: Super alone in a cache of 32,768 cells, 32 requests, a large batch, a cache of one block."""
+    assert [twin._splits(*z, 64) for z in ((2, 32_768), (64, 4096), (1024, 4096), (2, 50), (2, 200))] == [64, 4, 1, 1, 4]
+
+
+def launches(device, arch):
+    """Super: one request, 32 with 3 drafts in FP8, and a chunk of a prompt."""
+    make = lambda dtype: (lambda *size: torch.empty(*size, dtype=dtype, device=device))
+    bf16, long = make(torch.bfloat16), make(torch.long)
+    for r, t, stored in ((1, 1, torch.bfloat16), (32, 4, torch.float8_e4m3fn), (1, 512, torch.bfloat16)):
+        rows = types.SimpleNamespace(slot_r=long(r), start_r=long(r), count_r=long(r))
+        twin.attend_cells(infer.KVPool(32, 2, 4096, 128, stored, device), bf16(r, t, 32, 128), bf16(r, t, 2, 128), bf16(r, t, 2, 128), rows)

@@ -1,5 +1,6 @@
 """The Triton twin of the causal convolution against 02_mamba.py, forward and backward. In the interpreter without a GPU."""
 import importlib
+import math
 
 import pytest
 import torch
@@ -177,6 +178,79 @@ def test_a_wrong_shape_names_its_argument(place, name):
     with pytest.raises(ValueError, match=name if place != 1 else "weight_c1w|window"): kernel.causal_conv1d(*arguments)
 
 
+# ---- a decode step
+
+def serve(step, dtype, k, w=4, c=11, h=5, slots=5, limit=(0.05, 0.9), seed=0):
+    """Passes of k + 1 tokens for three of the slots, of which each keeps some or none -> [(y, dt, kept text of the slots, inputs) a pass].
+    The projection is a slice; step(x, dt, weight, bias, dt_bias, limit, window, slots, starts, real)."""
+    g, t = torch.Generator().manual_seed(seed), k + 1
+    weight, bias, dt_bias = randn(c, 1, w, seed=1, dtype=dtype), randn(c, seed=2, dtype=dtype), randn(h, seed=3, scale=2.0)
+    window, texts, out = torch.zeros(slots, w - 1 + t, c, dtype=dtype, device=DEVICE), {i: [] for i in range(slots)}, []
+    for turn in range(12):
+        slot = torch.randperm(slots, generator=g)[:3]
+        count = torch.randint(0, t + 1, (3,), generator=g) if turn % 3 else torch.tensor([0, t, t])
+        keep = [int(torch.randint(0, n + 1, (1,), generator=g)) for n in count]
+        projected = randn(3, t, 4 + c + h, seed=100 + turn, dtype=dtype, scale=2.0)
+        x, dt = projected[..., 4:4 + c], projected[..., 4 + c:]
+        start, real = torch.tensor([len(texts[int(i)]) for i in slot]), torch.arange(t) < count[:, None]
+        y, sizes = step(x, dt, weight, bias, dt_bias, limit, window, *(z.to(DEVICE) for z in (slot, start, real)))
+        out.append((y, sizes, real, [list(texts[int(i)]) for i in slot], x, dt, (weight, bias, dt_bias)))
+        for i, n, row in zip(slot, keep, x): texts[int(i)] += row[:n]
+    return out
+
+
+def by_hand(before, x_tc, weight, bias):
+    """silu of the convolution of the new tokens behind a text, in float64, from the whole text."""
+    c, _, w = weight.shape
+    text = torch.stack([torch.zeros(c, dtype=torch.float64)] * (w - 1) + [z.double().cpu() for z in (*before, *x_tc)])
+    pre = torch.stack([(text[i:i + w] * weight[:, 0].double().cpu().T).sum(0) for i in range(len(before), len(before) + len(x_tc))])
+    return torch.nn.functional.silu(pre + bias.double().cpu())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("k, w", [(0, 4), (3, 4), (7, 2), (2, 6)])
+def test_a_decode_step_goes_on_where_the_kept_text_ends(k, w, dtype):
+    """Rows in any order of slots, of fewer tokens than the pass or none, and rejected ones: a cell that is one off, a token written into another's
+    window, a step size that is not 0 where no token is (the lower limit is above 0), or a limit left out, shows within a few turns."""
+    apart = lambda z: z.transpose(0, 1).contiguous().transpose(0, 1)      # rows far apart in memory
+    twin = serve(lambda *args: kernel.conv_step(apart(args[0]), *args[1:]), dtype, k, w)
+    plain = serve(lambda *args: mamba.conv_step(*args, impl="torch"), dtype, k, w)
+    for (y, dt, real, before, x, raw, (weight, bias, dt_bias)), (y_plain, dt_plain, *_) in zip(twin, plain):
+        exact_dt = torch.nn.functional.softplus(raw.double() + dt_bias.double()).clamp(0.05, 0.9).cpu()
+        assert_no_worse(dt, dt_plain, torch.where(real[..., None], exact_dt, 0), what="dt")
+        assert (dt[~real] == 0).all() and (dt[real] >= 0.05).all() and (dt <= 0.9).all()
+        exact = torch.stack([by_hand(text, row, weight, bias) for text, row in zip(before, x)])
+        if real.any(): assert_no_worse(y[real], y_plain[real], exact[real], what="y")
+
+
+def test_a_prompt_fills_the_ring_that_decoding_goes_on_from():
+    """Chunks longer than the ring, with rows of other lengths, then steps through the twin: the window of a row that brought two tokens still holds
+    an older one."""
+    w, c, ring = 4, 11, 4
+    weight, bias, dt_bias = randn(c, 1, w, seed=1), randn(c, seed=2), randn(5, seed=3)
+    window, text = torch.zeros(3, ring, c, device=DEVICE), [[], []]
+    slot = torch.tensor([2, 0], device=DEVICE)
+    for turn, counts in enumerate([(7, 2), (1, 9), (0, 2), (1, 1), (1, 1)]):
+        t = max(counts)
+        x, dt = randn(2, t, c, seed=10 + turn), randn(2, t, 5, seed=20 + turn)
+        start, real = torch.tensor([len(z) for z in text], device=DEVICE), torch.arange(t)[None] < torch.tensor(counts)[:, None]
+        y, _ = mamba.conv_step(x, dt, weight, bias, dt_bias, (0.0, math.inf), window, slot, start, real.to(DEVICE), impl="triton")
+        for i, n in enumerate(counts):
+            torch.testing.assert_close(y[i, :n].double().cpu(), by_hand(text[i], x[i, :n], weight, bias) if n else y[i, :0].double().cpu(),
+                                       rtol=1e-5, atol=1e-5)
+            text[i] += x[i, :n]
+    assert not window[1].any()      # nobody's
+
+
+def test_step_sizes_keep_their_small_values():
+    """log(1 + e) would round e = exp(-18) away; above 20 the size is its argument; infinite limits change nothing; NaN stays."""
+    raw = torch.tensor([-40.0, -18.0, -3.0, 0.0, 19.9, 20.1, 90.0, float("nan")], device=DEVICE)[None, None]
+    step = lambda run: run(randn(1, 1, 2), raw, randn(2, 1, 4), randn(2), torch.zeros(8, device=DEVICE), (0.0, math.inf),
+                           torch.zeros(1, 4, 2, device=DEVICE), *torch.zeros(2, 1, dtype=torch.long, device=DEVICE), raw[..., 0] < 0)[1]
+    exact = torch.nn.functional.softplus(raw.double())
+    torch.testing.assert_close(step(kernel.conv_step).double(), exact, rtol=3e-7, atol=0, equal_nan=True)
+
+
 def launches(device, arch):
     """Ultra's shape: a slice of the projection z | x B C | dt, with and without documents."""
     projected = torch.empty(1, 8192, 16384 + 18432 + 256, dtype=torch.bfloat16, device=device, requires_grad=True)
@@ -185,3 +259,9 @@ def launches(device, arch):
     for options in ((), (window, doc_bt)):
         y, _ = kernel.causal_conv1d(projected[..., 16384:-256], weight, bias, *options)
         torch.autograd.grad(y, projected, y)
+    # a decode step of 32 slots with 3 drafts
+    long = lambda *size: torch.empty(*size, dtype=torch.long, device=device)
+    kernel.conv_step(projected[:, :128, 16384:-256].view(32, 4, 18432), projected[:, :128, -256:].view(32, 4, 256), weight, bias,
+                     torch.empty(256, dtype=torch.float32, device=device), (0.0, math.inf),
+                     torch.empty(64, 7, 18432, dtype=torch.bfloat16, device=device), long(32), long(32),
+                     torch.empty(32, 4, dtype=torch.bool, device=device))

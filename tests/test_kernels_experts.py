@@ -245,6 +245,59 @@ def test_float64_rows_stay_with_the_stage():
     torch.testing.assert_close(experts.weighted_sum(copies, order_q, inverse_q, weights), x * weights.sum(1, keepdim=True), rtol=1e-14, atol=1e-14)
 
 
+@pytest.mark.parametrize("dtype, weight_dtype", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)])
+@pytest.mark.parametrize("r, e, d, k", [(1, 6, 33, 1), (3, 64, 130, 6), (13, 37, 1024, 22), (33, 5, 40, 5)])
+def test_few_tokens_are_routed_as_the_stage_routes_them(r, e, d, k, dtype, weight_dtype):
+    """Scores as good as PyTorch's, the same experts in the same order, and weights of the scores without the bias: a bias that counts in a weight, a
+    mean over all experts, an expert chosen twice, a lane past the last expert or token. Rows are a slice."""
+    x, weight, bias = randn(r, d + 7, seed=1, dtype=dtype)[:, 3:3 + d], randn(e, d, seed=2, dtype=weight_dtype, scale=d**-0.5), randn(e, seed=3)
+    with torch.no_grad():
+        ours = moe.route(x, weight, bias, k, 2.5, impl="triton")
+        plain = moe.route(x.float(), weight.float(), bias, k, 2.5, impl="torch")
+    scores = torch.sigmoid(x.double() @ weight.double().T)
+    assert_no_worse(ours[2], plain[2], scores, factor=4.0, what="scores")       # PyTorch's product adds in blocks, too: now and then it is lucky
+    order = (scores + bias.double()).argsort(-1, descending=True)[:, :k]        # no two are closer than fp32's rounding, see the next line
+    best = (scores + bias.double()).gather(1, order)
+    assert k == 1 or (best[:, :-1] - best[:, 1:]).min() > 1e-6
+    assert torch.equal(ours[1], order) and ours[1].dtype == torch.int64
+    exact = scores.gather(1, order)
+    torch.testing.assert_close(ours[0].double(), 2.5 * exact / exact.sum(1, keepdim=True), rtol=2e-6, atol=0)
+
+
+def test_equal_scores_go_to_the_smaller_expert():
+    """Ties in groups, and a largest value below zero, where the order of bits turns round. Without a rule two runs could differ."""
+    make = lambda *shape: torch.zeros(*shape, device=DEVICE)
+    bias = torch.tensor([-2.0, -1.0, -3.0, -1.0, -2.0, -1.0, -9.0], device=DEVICE)
+    weights, chosen, scores = experts.route(make(2, 4), make(7, 4), bias, 5, 1.0)
+    assert chosen.tolist() == [[1, 3, 5, 0, 4]] * 2 and torch.equal(scores, make(2, 7) + 0.5)
+    torch.testing.assert_close(weights, make(2, 5) + 0.2)
+    assert experts.route(make(1, 4), make(64, 4), make(64), 64, 1.0)[1].tolist() == [list(range(64))]
+    assert [z.shape for z in experts.route(make(0, 4), make(7, 4), bias, 5, 1.0)] == [(0, 5), (0, 5), (0, 7)]
+
+
+def test_a_gradient_or_many_rows_keep_the_stages_router(monkeypatch):
+    """The two kernels have no backward: a router that trains through them would stand still."""
+    called, x, weight = [], randn(3, 8), randn(6, 8, seed=1)
+    monkeypatch.setattr(experts, "route", lambda *args: called.append(len(args[0])) or moe.route(*args, impl="torch"))
+    moe.route(x, weight.requires_grad_(), torch.zeros(6, device=DEVICE), 2, 1.0, impl="triton")[0].sum().backward()
+    assert weight.grad.any() and not called
+    with torch.no_grad():
+        for rows in (moe.FEW_ROWS, moe.FEW_ROWS + 1): moe.route(randn(rows, 8), weight, torch.zeros(6, device=DEVICE), 2, 1.0, impl="triton")
+        moe.route(x.double(), weight.double(), torch.zeros(6, device=DEVICE), 2, 1.0, impl="triton")
+    assert called == [moe.FEW_ROWS]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_relu2_is_the_stages_bit_for_bit(dtype):
+    """Also NaN, infinities, -0 and a tensor that ends inside a block; with a gradient the stage's own runs."""
+    x = randn(3, 777, seed=1, dtype=dtype)
+    x[0, :4] = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0])
+    assert torch.equal(experts.relu2(x.T).nan_to_num(-1.0), moe.relu2(x.T, impl="torch").nan_to_num(-1.0))
+    with torch.no_grad(): assert torch.equal(moe.relu2(x[:, 4:], impl="triton"), experts.relu2(x[:, 4:]))
+    x = x[1:].clone().requires_grad_()
+    assert torch.autograd.grad(moe.relu2(x, impl="triton").sum(), x)[0].any()
+
+
 def launches(device, arch):
     """Every kernel at Ultra's sizes: a training step of 4096 tokens and a decode step of 64."""
     e, k, l, f = 512, 22, 2048, 5120
@@ -258,3 +311,7 @@ def launches(device, arch):
     copies = experts.copy_to_experts(inputs[0][:1].expand(4096, l), k, order, order)
     total = experts.weighted_sum(copies, order, order, make(4096, k, dtype=torch.float32))
     torch.autograd.grad(total, inputs[0], torch.empty_like(total))
+    for tokens in (1, 32):      # Super's router
+        experts.route(torch.empty(tokens, 4096, dtype=torch.bfloat16, device=device), torch.empty(512, 4096, device=device),
+                      torch.empty(512, device=device), 22, 5.0)
+    experts.relu2(inputs[0].detach())

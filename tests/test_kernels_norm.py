@@ -135,8 +135,23 @@ def test_two_runs_give_the_same_bits(small_tiles):
         for a, b in zip(results(kernel, leaves, groups, dout), results(kernel, leaves, groups, dout)): assert torch.equal(a, b)
 
 
+@DTYPES
+def test_add_rmsnorm_norms_the_sum_that_it_stores(dtype, small_tiles):
+    """The norm of an unrounded sum would be another model's; slices of a projection, and a last tile that hangs over."""
+    wide, y, weight = (v.detach() for v in inputs(13, 70, dtype=dtype))
+    x, y, weight = wide[:, 3:36], y[:, :33], weight[:33]
+    (total, out), (total_plain, plain) = kernel.add_rmsnorm(x, y, weight), mamba.add_rmsnorm(x, y, weight, impl="torch")
+    assert torch.equal(total, x + y) and torch.equal(total, total_plain)
+    u = (x + y).double()
+    exact = u / (u.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    if dtype == torch.float64: torch.testing.assert_close(out, exact, rtol=1e-13, atol=0)
+    else: assert_no_worse(out, plain, exact)
+    with pytest.raises(ValueError, match="alike"): kernel.add_rmsnorm(x, y[:1], weight)
+
+
 def test_the_stage_finds_the_twins():
     x, z, weight = inputs(3, 40, dtype=torch.float32)
+    for a, b in zip(mamba.add_rmsnorm(x, z, weight, impl="triton"), kernel.add_rmsnorm(x, z, weight)): assert torch.equal(a, b)
     assert torch.equal(mamba.rmsnorm(x, weight, impl="triton"), kernel.rmsnorm(x, weight))
     assert torch.equal(mamba.gated_rmsnorm(x, z, weight, 2, impl="triton"), kernel.gated_rmsnorm(x, z, weight, 2))
 
@@ -156,3 +171,4 @@ def launches(device, arch):
     torch.autograd.grad(kernel.rmsnorm(x, weight), (x, weight), x)
     y, projected, weight = empty(1, 8192, 16384), empty(1, 8192, 16384 + 18432 + 256), empty(16384)
     torch.autograd.grad(kernel.gated_rmsnorm(y, projected[..., :16384], weight, 8), (y, projected, weight), y)
+    kernel.add_rmsnorm(x[0, :32], x[0, :32], torch.empty(8192, device=device))
