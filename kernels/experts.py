@@ -103,23 +103,76 @@ def _tiles(kind: str, rows: float, n: int, k: int, itemsize: int) -> dict:
                 half=many, rows_tma=many)
 
 
+_FEW = 2048     # pairs of a decode step: each counts those before it, and one launch sorts them all, where PyTorch takes a dozen
+
+
+@triton.jit
+def _sort_kernel(experts_q, order_q, inverse_q, token_q, offsets_e, rows, experts, K: tl.constexpr, BLOCK: tl.constexpr, ALL: tl.constexpr):
+    """A stable sort by counting: a pair's place is the number of pairs of smaller experts, and of its own before it. The last programs count what
+    is not behind an expert's end."""
+    j, pairs = tl.arange(0, ALL)[None, :], tl.cdiv(rows, BLOCK)
+    other_1j = tl.load(experts_q + j, mask=j < rows, other=0x7FFFFFFF).to(tl.int32)
+    if tl.program_id(0) < pairs:
+        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        mine_i1 = tl.load(experts_q + i, mask=i < rows, other=0).to(tl.int32)[:, None]
+        before_ij = (other_1j < mine_i1) | ((other_1j == mine_i1) & (j < i[:, None]))
+        place_i = tl.sum(before_ij.to(tl.int32), axis=1)
+        tl.store(order_q + place_i, i.to(tl.int64), mask=i < rows)
+        tl.store(token_q + place_i, i // K, mask=i < rows)
+        tl.store(inverse_q + i, place_i.to(tl.int64), mask=i < rows)
+    else:
+        e = (tl.program_id(0) - pairs) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(offsets_e + e, tl.sum((other_1j <= e[:, None]).to(tl.int32), axis=1), mask=e < experts)
+
+
+@triton.jit
+def _plan_kernel(offsets_e, plan_t5, experts, bound, HEIGHT: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr):
+    """_Routing.plan in one program; a line that no tile needs says that its expert has none."""
+    e, t = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_T)
+    end_e = tl.load(offsets_e + e, mask=e < experts, other=0)
+    start_e = tl.load(offsets_e + e - 1, mask=(e > 0) & (e < experts), other=0)
+    tiles_e = tl.where(e < experts, tl.cdiv(end_e - start_e, HEIGHT), 0)
+    first_e = tl.cumsum(tiles_e, axis=0) - tiles_e
+    for i in range(tl.max(tiles_e, axis=0)):
+        line, mine = plan_t5 + (first_e + i) * 5, i < tiles_e
+        tl.store(line, e, mask=mine)
+        tl.store(line + 1, start_e, mask=mine)
+        tl.store(line + 2, end_e, mask=mine)
+        tl.store(line + 3, first_e, mask=mine)
+        tl.store(line + 4, tiles_e, mask=mine)
+    for field in tl.static_range(5): tl.store(plan_t5 + t * 5 + field, tl.zeros_like(t), mask=(t >= tl.sum(tiles_e, axis=0)) & (t < bound))
+
+
 class _Routing:
     """Sorted rows: order_q (sorted place -> pair r·k + slot), inverse_q, token_q (sorted place -> r), offsets_e (where each expert's rows end), and
     tile tables by tile height."""
     def __init__(self, experts_rk: Tensor, experts: int):
+        self.experts, self.k, self.rows, self.plans = experts, experts_rk.shape[1], experts_rk.numel(), {}
+        if self.rows <= _FEW: return self.sort_few(experts_rk.contiguous())
         moe = importlib.import_module("03_latentmoe")
         self.order_q, self.inverse_q, self.offsets_e = moe.sort_by_expert(experts_rk, experts)
-        self.token_q = torch.div(self.order_q, experts_rk.shape[1], rounding_mode="floor").int()
-        self.experts, self.k, self.rows, self.plans = experts, experts_rk.shape[1], experts_rk.numel(), {}
+        self.token_q = torch.div(self.order_q, self.k, rounding_mode="floor").int()
+
+    def sort_few(self, experts_rk: Tensor) -> None:
+        make = lambda n, dtype: torch.empty(n, dtype=dtype, device=experts_rk.device)
+        self.order_q, self.inverse_q = make(self.rows, torch.int64), make(self.rows, torch.int64)
+        self.token_q, self.offsets_e = make(self.rows, torch.int32), make(self.experts, torch.int32)
+        _sort_kernel[(triton.cdiv(self.rows, 16) + triton.cdiv(self.experts, 16),)](
+            experts_rk, self.order_q, self.inverse_q, self.token_q, self.offsets_e, self.rows, self.experts, K=self.k, BLOCK=16,
+            ALL=max(16, triton.next_power_of_2(self.rows)), num_warps=8 if self.rows > 256 else 4)
 
     def plan(self, height: int) -> Tensor:
         """int32 [t, 5], one line a row tile: expert, its first row, its end, its first tile, its number of tiles."""
-        if height not in self.plans:
+        # the bound: every expert with rows starts one tile, and each full `height` of rows fills at most one more
+        bound = min(self.experts, self.rows) + self.rows // height
+        if height not in self.plans and self.rows <= _FEW:
+            plan_t5 = self.plans[height] = torch.empty(bound, 5, dtype=torch.int32, device=self.offsets_e.device)
+            if bound: _plan_kernel[(1,)](self.offsets_e, plan_t5, self.experts, bound, HEIGHT=height, BLOCK_E=triton.next_power_of_2(self.experts),
+                                         BLOCK_T=triton.next_power_of_2(bound), num_warps=4)
+        elif height not in self.plans:
             starts_e = F.pad(self.offsets_e[:-1], (1, 0))
             tiles_e = (self.offsets_e - starts_e + height - 1) // height
             last_e = tiles_e.cumsum(0, dtype=torch.int32)
-            # the bound: every expert with rows starts one tile, and each full `height` of rows fills at most one more
-            bound = min(self.experts, self.rows) + self.rows // height
             tile_t = torch.arange(bound, device=last_e.device, dtype=torch.int32)
             expert_t = torch.searchsorted(last_e, tile_t, right=True).clamp_(max=self.experts - 1)
             expert_e = torch.arange(self.experts, device=last_e.device, dtype=torch.int32)

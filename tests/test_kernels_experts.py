@@ -196,7 +196,7 @@ def test_shapes_that_do_not_fit_are_refused():
 def test_the_table_names_every_row_once(height):
     """For any routing: each of an expert's rows in one tile, and the bound on tiles never too small."""
     for loads in ([0, 0, 0, 0], [70, 0, 0, 0], [0, 0, 0, 1], [16, 64, 1, 0], [17, 65, 3, 1], [1, 1, 1, 1]):
-        chosen = torch.tensor([e for e, n in enumerate(loads) for _ in range(n)], dtype=torch.long).view(-1, 1)
+        chosen = torch.tensor([e for e, n in enumerate(loads) for _ in range(n)], dtype=torch.long, device=DEVICE).view(-1, 1)
         seen, ends = [], list(itertools.accumulate(loads))
         for tile, (e, start, end, first, tiles) in enumerate(experts._Routing(chosen, 4).plan(height).tolist()):
             if tile >= first + tiles: continue
@@ -243,6 +243,29 @@ def test_float64_rows_stay_with_the_stage():
     copies = experts.copy_to_experts(x, 2, order_q, inverse_q)
     assert torch.equal(copies, x[order_q // 2])
     torch.testing.assert_close(experts.weighted_sum(copies, order_q, inverse_q, weights), x * weights.sum(1, keepdim=True), rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("r, k, e", [(1, 1, 1), (1, 6, 64), (13, 3, 7), (32, 22, 37), (40, 2, 3), (0, 4, 5)])
+def test_few_pairs_are_sorted_and_planned_as_many_are(r, k, e, monkeypatch):
+    """By counting, against PyTorch's stable sort: equal experts keep their order, an expert without rows has no tile, and lines of the table that no
+    tile needs send their programs home."""
+    chosen = torch.rand(r, e, generator=torch.Generator().manual_seed(r)).topk(min(k, e)).indices.to(DEVICE)
+    if e == 37: chosen = chosen // 3        # some experts idle, others several times a token
+    few = experts._Routing(chosen, e)
+    monkeypatch.setattr(experts, "_FEW", -1)
+    many = experts._Routing(chosen, e)
+    for name in ("order_q", "inverse_q", "token_q", "offsets_e"):
+        ours, theirs = getattr(few, name), getattr(many, name)
+        assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype, name
+    order = sorted(range(chosen.numel()), key=lambda i: chosen.flatten()[i].item())
+    assert few.order_q.tolist() == order and few.token_q.tolist() == [i // chosen.shape[1] for i in order]
+    for height in (1, 4, 16):
+        theirs = many.plan(height)
+        used = sum(-(-n // height) for n in chosen.flatten().bincount(minlength=e).tolist())
+        with monkeypatch.context() as m:
+            m.setattr(experts, "_FEW", 2048)
+            ours = few.plan(height)
+        assert ours.shape == theirs.shape and torch.equal(ours[:used], theirs[:used]) and not ours[used:, 3:].any()
 
 
 @pytest.mark.parametrize("dtype, weight_dtype", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)])
