@@ -141,7 +141,7 @@ def test_add_rmsnorm_norms_the_sum_that_it_stores(dtype, small_tiles):
     wide, y, weight = (v.detach() for v in inputs(13, 70, dtype=dtype))
     x, y, weight = wide[:, 3:36], y[:, :33], weight[:33]
     (total, out), (total_plain, plain) = kernel.add_rmsnorm(x, y, weight), mamba.add_rmsnorm(x, y, weight, impl="torch")
-    assert torch.equal(total, x + y) and torch.equal(total, total_plain)
+    assert torch.equal(total, x + y) and torch.equal(total, total_plain) and torch.equal(out, kernel.rmsnorm(total, weight))
     u = (x + y).double()
     exact = u / (u.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
     if dtype == torch.float64: torch.testing.assert_close(out, exact, rtol=1e-13, atol=0)
