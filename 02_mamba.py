@@ -414,7 +414,7 @@ def conv_step(xBC_rtc: Tensor, dt_rth: Tensor, weight_c1w: Tensor, bias_c: Tenso
 
     window_bwc: a ring of inputs for each slot, overwritten in place: token i of the text lies in cell i mod its length, and a new slot's is zeros.
     With taps - 1 + t cells or more, tokens may be taken back by saying where the row starts (start_r) the next time; with fewer, real_rt's count.
-    slot_r, start_r [r]: whose tokens these are, and how many came before. real_rt: which are there; a row's are on the left. dt_rth is fp32 or fp64.
+    slot_r, start_r [r]: whose tokens these are, and how many came before. real_rt: which are there; a row's are on the left. dt comes out in fp32.
     """
     t, ring, old, row_r1 = xBC_rtc.shape[1], window_bwc.shape[1], weight_c1w.shape[2] - 1, slot_r[:, None]
     few = old + t <= ring and xBC_rtc.dtype != torch.float64

@@ -71,7 +71,7 @@ class RouterLogits(torch.autograd.Function):
         return fp32_product(dlogits_re, weight_ed.T).to(x_rd.dtype), fp32_product(dlogits_re.T, x_rd.T).to(weight_ed.dtype)
 
 
-FEW_ROWS = 64        # ours: so many tokens of a decode step are routed by two kernels of our own, which have no gradient
+FEW_ROWS = 256       # ours: so many tokens of a decode step are routed by two kernels of our own, which have no gradient
 
 
 def route(x_rd: Tensor, weight_ed: Tensor, bias_e: Tensor, k: int, scale: float, impl: str = "auto") -> tuple[Tensor, Tensor, Tensor]:

@@ -182,10 +182,12 @@ def attend_cells(pool, q_rthp: Tensor, k_rthp: Tensor, v_rthp: Tensor, rows) -> 
     """Same arguments and result as KVPool.attend_cells in 08_infer.py; what is said of a token that is not there is 0."""
     (r, t, h, p), (_, heads, cells, _) = q_rthp.shape, pool.k_bhsp.shape
     q_rthp, k_rthp, v_rthp = (z if z.stride(3) == 1 else z.contiguous() for z in (q_rthp, k_rthp, v_rthp))
-    scales, places = (pool.k_scale, pool.v_scale), tuple(z.contiguous() for z in (rows.slot_r, rows.start_r, rows.count_r))
+    scales, lies = (pool.k_scale, pool.v_scale), isinstance(pool.k_scale, Tensor) or isinstance(pool.v_scale, Tensor)
+    if lies: scales = tuple(torch.as_tensor(z, dtype=torch.float32, device=q_rthp.device) for z in scales)
+    places = tuple(z.contiguous() for z in (rows.slot_r, rows.start_r, rows.count_r))
     out = torch.empty(r, t, h, p, dtype=q_rthp.dtype, device=q_rthp.device)
     if not out.numel(): return out
-    known = dict(HEADS=heads, P=p, FP8=pool.k_bhsp.dtype == torch.uint8, LIES=isinstance(pool.k_scale, Tensor))
+    known = dict(HEADS=heads, P=p, FP8=pool.k_bhsp.dtype == torch.uint8, LIES=lies)
     pools = pool.k_bhsp, pool.v_bhsp
     _append_kernel[(r * t,)](k_rthp, v_rthp, *pools, *scales, *places, cells, *k_rthp.stride()[:3], *v_rthp.stride()[:3], t,
                              BLOCK=triton.next_power_of_2(heads * p), num_warps=4, **known)

@@ -248,7 +248,8 @@ def test_step_sizes_keep_their_small_values():
     step = lambda run: run(randn(1, 1, 2), raw, randn(2, 1, 4), randn(2), torch.zeros(8, device=DEVICE), (0.0, math.inf),
                            torch.zeros(1, 4, 2, device=DEVICE), *torch.zeros(2, 1, dtype=torch.long, device=DEVICE), raw[..., 0] < 0)[1]
     exact = torch.nn.functional.softplus(raw.double())
-    torch.testing.assert_close(step(kernel.conv_step).double(), exact, rtol=3e-7, atol=0, equal_nan=True)
+    # a GPU's exp is good to two units in the last place, and one more rounding each follows for the sum, the logarithm and the quotient
+    torch.testing.assert_close(step(kernel.conv_step).double(), exact, rtol=1e-6, atol=0, equal_nan=True)
 
 
 def launches(device, arch):
