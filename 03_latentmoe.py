@@ -13,7 +13,7 @@ Run:       python 03_latentmoe.py               # 15 s, CPU: what the latent buy
            python 03_latentmoe.py --steps 2000  # the balance for longer
            python 03_latentmoe.py --impl triton # GPU: adds the kernel to the times
 Contents:  1 router   2 experts as a loop   3 sort and group   4 one expert at a time   5 load balance   6 expert parallelism
-           7 the layer   8 measurements   9 demo
+           7 the layer   8 packed weights   9 measurements   10 demo
 Letters:   b batch  t time  d model width  e experts  k chosen experts  l latent (or d without one)  f expert hidden width
            r flattened rows (b·t)  q routed rows (r·k), one for each token and chosen expert, sorted by expert
            n ranks that share a layer's experts  m routed rows that arrived at this rank
@@ -520,7 +520,79 @@ class LatentMoE(nn.Module):
         return y_btd, Balance(aux, load_e)
 
 
-# %% 8 · Measurements
+# %% 8 · Packed weights  [ModelOpt]
+# A checkpoint may hold weights as codes and scales (stage 08 writes such ones). Then every projection rounds its input as its format asks, multiplies
+# codes, and sums in fp32:
+#     nvfp4  4-bit weights and inputs      w4a16  4-bit weights, inputs as they come      fp8  E4M3, one scale a tensor, both
+
+INPUT_RANGE = {"nvfp4": nvfp4.FP4_MAX * nvfp4.E4M3_MAX, "fp8": nvfp4.E4M3_MAX}      # input_scale = largest input / this  [ModelOpt]
+
+
+class Packed(nn.Module):
+    """One weight [o, i], or a stack [e, o, i], as the checkpoint stores it, with the product that its format asks for."""
+    def __init__(self, shape: tuple[int, ...], fmt: str):
+        super().__init__()
+        *stack, o, i = shape
+        self.shape, self.fmt, self.decoded = tuple(shape), fmt, None
+        if fmt == "fp8": fields = dict(weight=((o, i), torch.float8_e4m3fn), weight_scale=((), torch.float32))
+        else: fields = dict(weight=((o, i // 2), torch.uint8), weight_scale=((o, i // 16), torch.float8_e4m3fn), weight_scale_2=((), torch.float32))
+        if fmt in INPUT_RANGE: fields["input_scale"] = ((), torch.float32)
+        for name, (size, dtype) in fields.items(): self.register_buffer(name, torch.empty((*stack, *size), dtype=dtype), persistent=False)
+
+    def stored(self) -> nvfp4.NVFP4Tensor: return nvfp4.NVFP4Tensor(self.weight, self.weight_scale, self.weight_scale_2)
+
+    def forward(self, x: Tensor, offsets_e: Tensor | None = None) -> Tensor:
+        """x · wᵀ; with a stack, rows of x sorted by expert and offsets_e their ends."""
+        dtype, x_ri, w = nvfp4.output_dtype(x), x.reshape(-1, x.shape[-1]), self.decoded
+        # each expert may have a scale of its own: then one entry a row
+        by_row = lambda scale: scale if offsets_e is None else scale[nvfp4.expert_of_rows(offsets_e, len(x_ri))]
+        if self.fmt == "nvfp4":
+            x_ri = nvfp4.quantize(x_ri, amax=by_row(self.input_scale) * INPUT_RANGE["nvfp4"], name="the input of a quantized layer")
+            y_ro = nvfp4.matmul(x_ri, self.stored(), offsets_e, dtype) if w is None else nvfp4.product(x_ri.dequantize(), w, offsets_e)
+        elif self.fmt == "w4a16":
+            y_ro = nvfp4.matmul_w4a16(x_ri.to(dtype), self.stored(), offsets_e) if w is None else nvfp4.product(x_ri.float(), w, offsets_e)
+        else:
+            w, scale = self.weight.to(dtype) if w is None else w, by_row(self.input_scale)[..., None]
+            codes = nvfp4.e4m3(x_ri.float() / scale).to(w.dtype)      # E4M3 values fit into every wider format
+            y_ro = nvfp4.product(codes, w, offsets_e) * (scale * by_row(self.weight_scale)[..., None])
+        return y_ro.to(dtype).view(*x.shape[:-1], self.shape[-2])
+
+
+class QuantizedExperts(nn.Module):
+    """Experts with both stacks packed; their hidden rows are rounded too, between the products."""
+    def __init__(self, up_proj: Packed, down_proj: Packed):
+        super().__init__()
+        self.up_proj, self.down_proj = up_proj, down_proj
+
+    def forward(self, x_rl: Tensor, weights_rk: Tensor, experts_rk: Tensor, impl: str = "auto") -> Tensor:
+        up, down = self.up_proj, self.down_proj
+        if up.fmt == down.fmt == "w4a16":      # no rounding in between: the ways of section 3 serve
+            x, stacks = (x_rl, (up.stored(), down.stored())) if up.decoded is None else (x_rl.float(), (up.decoded, down.decoded))
+            return experts_grouped(x, weights_rk, experts_rk, *stacks, impl=impl).to(x_rl.dtype)
+        order_q, inverse_q, offsets_e = sort_by_expert(experts_rk, up.shape[0])
+        x_ql = copy_to_experts(x_rl, experts_rk.shape[1], order_q, inverse_q, impl)
+        hidden_qf = relu2(up(x_ql, offsets_e))
+        return weighted_sum(down(hidden_qf, offsets_e), order_q, inverse_q, weights_rk, impl)
+
+
+def pack_modules(model: nn.Module, found: dict[str, str]) -> None:
+    """Swaps the linears and experts that a checkpoint holds in codes, in place, and makes room for the scales of keys and values.
+    found: its names, with shapes and the dtypes of codes in words."""
+    def packed(module: str, shape) -> Packed | None:
+        if f"{module}.weight_scale_2" in found: return Packed(shape, "nvfp4" if f"{module}.input_scale" in found else "w4a16")
+        return Packed(shape, "fp8") if "float8" in found.get(f"{module}.weight", "") else None
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Experts):
+            both = [packed(f"{name}.0.{leaf}", getattr(module, leaf).shape) for leaf in ("up_proj", "down_proj")]
+            if all(both): model.set_submodule(name, QuantizedExperts(*both))
+            elif any(both): raise ValueError(f"{name} has only one of its two projections quantized: quantize both or neither.")
+        elif isinstance(module, nn.Linear) and (new := packed(name, module.weight.shape)): model.set_submodule(name, new)
+        for scale in {f"{name}.k_scale", f"{name}.v_scale"} & found.keys():
+            model.get_submodule(name).register_buffer(scale[-7:], torch.empty(()), persistent=False)
+
+
+# %% 9 · Measurements
 # What this stage claims, as numbers: the price of a layer, how balance moves while a router learns, and the time of each rung.
 
 class Cost(NamedTuple):
@@ -618,7 +690,7 @@ def plot_balance(runs: dict[str, tuple[list[float], Tensor, float]], path: Path)
     nvfp4.save_figure(figure, path)
 
 
-# %% 9 · Demo
+# %% 10 · Demo
 
 @dataclass(frozen=True)
 class Config:

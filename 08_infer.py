@@ -18,26 +18,23 @@ from __future__ import annotations
 
 import codecs
 import importlib
-import json
 import re
-import shutil
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.batches import Batch
+from data.modelopt import ALGORITHMS, read_config, write_configs, write_shards
 from data.tokenizer import Tokenizer
 
 nvfp4, mamba, moe, nemotron, pretrain, sft = (importlib.import_module(name) for name in (
@@ -58,8 +55,6 @@ PRECISION = (
     ("backbone.embeddings.weight", "bf16", "embedding and output layer"), ("lm_head.weight", "bf16", "embedding and output layer"),
     ("*", "bf16", "router, norms, conv, A, D, dt bias"),   # NOTE: of these, what stage 04 keeps in fp32 stays as it was
 )
-ALGORITHMS = {"nvfp4": "NVFP4", "w4a16": "W4A16_NVFP4", "fp8": "FP8", "bf16": "BF16"}      # our words and ModelOpt's
-INPUT_RANGE = {"nvfp4": nvfp4.FP4_MAX * nvfp4.E4M3_MAX, "fp8": nvfp4.E4M3_MAX}      # input_scale = largest input / this  [ModelOpt]
 
 
 @dataclass(frozen=True)
@@ -176,54 +171,13 @@ def quantized_tensors(name: str, tensor: Tensor, recipe: Recipe, amax: dict[str,
     if fmt == "bf16": stored = {name: tensor if name.endswith(nemotron.FP32) else tensor.to(torch.bfloat16)}
     else:
         parts, values = quantize_weight(name, tensor, fmt, recipe.scale_rule)
-        if fmt in INPUT_RANGE: parts["input_scale"] = input_scale(re.sub(r"\.experts\.\d+\.", ".experts.", module), INPUT_RANGE[fmt])
+        if fmt in moe.INPUT_RANGE: parts["input_scale"] = input_scale(re.sub(r"\.experts\.\d+\.", ".experts.", module), moe.INPUT_RANGE[fmt])
         stored = {f"{module}.{suffix}": part for suffix, part in parts.items()}
         energy = lambda x: x.square().sum(dtype=torch.float64).item()
         share.update(error=energy(values - tensor), energy=energy(tensor.float()))
     if key := recipe.kv_scale(name): stored[key] = input_scale(key, nvfp4.E4M3_MAX)
     share.update(tensors=1, elements=tensor.numel(), bits=8 * sum(t.nbytes for t in stored.values()))
     return stored
-
-
-def quantization_config(formats: dict[str, str], kv_fp8: bool) -> tuple[dict, dict]:
-    """(hf_quant_config.json, "quantization_config" of config.json) from {quantized module: format}."""
-    if not formats: raise ValueError("the precision table quantizes nothing of this checkpoint: give some tensors another format than bf16.")
-    width, groups = lambda fmt: {} if fmt == "fp8" else dict(group_size=16), {}
-    layers = dict(quantized_layers={module: dict(quant_algo=ALGORITHMS[fmt], **width(fmt)) for module, fmt in formats.items()})
-    for n, fmt in enumerate(dict.fromkeys(formats.values())):
-        numbers = dict(dynamic=False, num_bits=8 if fmt == "fp8" else 4, type="float", **width(fmt))
-        groups[f"group_{n}"] = dict({} if fmt == "w4a16" else dict(input_activations=numbers), weights=numbers,
-                                    targets=sorted(module for module in formats if formats[module] == fmt))
-    both = dict(quant_algo="MIXED_PRECISION", **layers)
-    producer = dict(name="modelopt", version="0.46.0")      # readers ask for this name; the version is the one whose layout this is
-    cache = dict(kv_cache_scheme=dict(dynamic=False, num_bits=8, type="float")) if kv_fp8 else {}
-    return (dict(producer=producer, quantization=dict(both, kv_cache_quant_algo="FP8" if kv_fp8 else None)),
-            dict(both, config_groups=groups, ignore=[], **cache, producer=producer, quant_method="modelopt"))
-
-
-def write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int) -> None:
-    """Tensors, as they come, into model-0000i-of-0000n.safetensors and their index; one shard is in memory."""
-    numbers, shard, size, total, count = {}, {}, 0, 0, 0
-    for name, tensor in chain(tensors, [("", torch.empty(0))]):
-        if shard and (not name or size + tensor.nbytes > shard_bytes):
-            count, size = count + 1, 0
-            safetensors.torch.save_file(shard, folder / f"{count}.part", metadata={"format": "pt"})
-            numbers, shard = numbers | dict.fromkeys(shard, count), {}
-        shard[name] = tensor.contiguous()
-        size += tensor.nbytes; total += tensor.nbytes
-    files = {i: f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)}
-    for i, file in files.items(): (folder / f"{i}.part").rename(folder / file)
-    index = dict(metadata=dict(total_size=total), weight_map={name: files[i] for name, i in numbers.items()})
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-
-
-def read_config(directory: Path, quantized: bool) -> dict:
-    """config.json of a checkpoint that is, or is not, quantized; ValueError for the other sort."""
-    if not (directory / "config.json").exists(): raise ValueError(f"{directory} has no config.json: give a local checkpoint directory.")
-    released = json.loads((directory / "config.json").read_text())
-    if ("quantization_config" in released or (directory / "hf_quant_config.json").exists()) == quantized: return released
-    raise ValueError(f"{directory} is not quantized: open it with load_checkpoint of stage 04." if quantized else
-                     f"{directory} is quantized already: give the checkpoint that it was made from.")
 
 
 def quantize_checkpoint(directory: str | Path, recipe: Recipe, out: str | Path, amax: dict[str, float], shard_bytes: int = 5 * 10**9,
@@ -243,84 +197,16 @@ def quantize_checkpoint(directory: str | Path, recipe: Recipe, out: str | Path, 
 
     def fill(folder: Path) -> None:
         write_shards(folder, stream(), shard_bytes)
-        about, brief = quantization_config(formats, recipe.kv_fp8)
-        (folder / "hf_quant_config.json").write_text(json.dumps(about, indent=4))
-        (folder / "config.json").write_text(json.dumps(dict(released, quantization_config=brief), indent=1))
-        for pattern in ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "generation_config.json", "*.py"):
-            for file in directory.glob(pattern): shutil.copy2(file, folder / file.name)
+        write_configs(folder, directory, released, formats, recipe.kv_fp8)
 
     pretrain.write_folder(out, pretrain.unfinished(out), fill)
     return shares
 
 
 # %% 3 · Compute with it
-# A quantized layer multiplies rounded inputs with rounded weights and sums in fp32, as tensor cores do. On a CPU weights are decoded to fp32 once, at
-# loading, because decoding costs more than multiplying; inputs are rounded at each call, so the numbers are a GPU's up to the order of sums. On a
-# GPU the codes stay as they are, and stage 01's kernels decode them on the way.
-
-class Packed(nn.Module):
-    """One weight [o, i], or a stack [e, o, i], as the checkpoint stores it, with the product that its format asks for."""
-    def __init__(self, shape: tuple[int, ...], fmt: str):
-        super().__init__()
-        *stack, o, i = shape
-        self.shape, self.fmt, self.decoded = tuple(shape), fmt, None
-        if fmt == "fp8": fields = dict(weight=((o, i), torch.float8_e4m3fn), weight_scale=((), torch.float32))
-        else: fields = dict(weight=((o, i // 2), torch.uint8), weight_scale=((o, i // 16), torch.float8_e4m3fn), weight_scale_2=((), torch.float32))
-        if fmt in INPUT_RANGE: fields["input_scale"] = ((), torch.float32)
-        for name, (size, dtype) in fields.items(): self.register_buffer(name, torch.empty((*stack, *size), dtype=dtype), persistent=False)
-
-    def stored(self) -> nvfp4.NVFP4Tensor: return nvfp4.NVFP4Tensor(self.weight, self.weight_scale, self.weight_scale_2)
-
-    def forward(self, x: Tensor, offsets_e: Tensor | None = None) -> Tensor:
-        """x · wᵀ; with a stack, rows of x sorted by expert and offsets_e their ends."""
-        dtype, x_ri, w = nvfp4.output_dtype(x), x.reshape(-1, x.shape[-1]), self.decoded
-        # each expert may have a scale of its own: then one entry a row
-        by_row = lambda scale: scale if offsets_e is None else scale[nvfp4.expert_of_rows(offsets_e, len(x_ri))]
-        if self.fmt == "nvfp4":
-            x_ri = nvfp4.quantize(x_ri, amax=by_row(self.input_scale) * INPUT_RANGE["nvfp4"], name="the input of a quantized layer")
-            y_ro = nvfp4.matmul(x_ri, self.stored(), offsets_e, dtype) if w is None else nvfp4.product(x_ri.dequantize(), w, offsets_e)
-        elif self.fmt == "w4a16":
-            y_ro = nvfp4.matmul_w4a16(x_ri.to(dtype), self.stored(), offsets_e) if w is None else nvfp4.product(x_ri.float(), w, offsets_e)
-        else:
-            w, scale = self.weight.to(dtype) if w is None else w, by_row(self.input_scale)[..., None]
-            codes = nvfp4.e4m3(x_ri.float() / scale).to(w.dtype)      # E4M3 values fit into every wider format
-            y_ro = nvfp4.product(codes, w, offsets_e) * (scale * by_row(self.weight_scale)[..., None])
-        return y_ro.to(dtype).view(*x.shape[:-1], self.shape[-2])
-
-
-class QuantizedExperts(nn.Module):
-    """Stage 03's experts with both stacks packed; their hidden rows are rounded too, between the products."""
-    def __init__(self, up_proj: Packed, down_proj: Packed):
-        super().__init__()
-        self.up_proj, self.down_proj = up_proj, down_proj
-
-    def forward(self, x_rl: Tensor, weights_rk: Tensor, experts_rk: Tensor, impl: str = "auto") -> Tensor:
-        up, down = self.up_proj, self.down_proj
-        if up.fmt == down.fmt == "w4a16":      # stage 03 serves such weights, and knows a fast way for a decode step
-            x, stacks = (x_rl, (up.stored(), down.stored())) if up.decoded is None else (x_rl.float(), (up.decoded, down.decoded))
-            return moe.experts_grouped(x, weights_rk, experts_rk, *stacks, impl=impl).to(x_rl.dtype)
-        order_q, inverse_q, offsets_e = moe.sort_by_expert(experts_rk, up.shape[0])
-        x_ql = moe.copy_to_experts(x_rl, experts_rk.shape[1], order_q, inverse_q, impl)
-        hidden_qf = moe.relu2(up(x_ql, offsets_e))
-        return moe.weighted_sum(down(hidden_qf, offsets_e), order_q, inverse_q, weights_rk, impl)
-
-
-def pack_modules(model: nemotron.Nemotron, found: dict[str, str]) -> None:
-    """Swaps the linears and experts that a checkpoint holds in codes, in place, and makes room for the scales of keys and values.
-    found: its names, with shapes and the dtypes of codes in words."""
-    def packed(module: str, shape) -> Packed | None:
-        if f"{module}.weight_scale_2" in found: return Packed(shape, "nvfp4" if f"{module}.input_scale" in found else "w4a16")
-        return Packed(shape, "fp8") if "float8" in found.get(f"{module}.weight", "") else None
-
-    for name, module in list(model.named_modules()):
-        if isinstance(module, moe.Experts):
-            both = [packed(f"{name}.0.{leaf}", getattr(module, leaf).shape) for leaf in ("up_proj", "down_proj")]
-            if all(both): model.set_submodule(name, QuantizedExperts(*both))
-            elif any(both): raise ValueError(f"{name} has only one of its two projections quantized: quantize both or neither.")
-        elif isinstance(module, nn.Linear) and (new := packed(name, module.weight.shape)): model.set_submodule(name, new)
-        for scale in {f"{name}.k_scale", f"{name}.v_scale"} & found.keys():
-            model.get_submodule(name).register_buffer(scale[-7:], torch.empty(()), persistent=False)
-
+# A quantized layer (stage 03, section 8) multiplies rounded inputs with rounded weights and sums in fp32, as tensor cores do. On a CPU weights are
+# decoded to fp32 once, at loading, because decoding costs more than multiplying; inputs are rounded at each call, so the numbers are a GPU's up to
+# the order of sums. On a GPU the codes stay as they are, and stage 01's kernels decode them on the way.
 
 def targets(model: nemotron.Nemotron) -> dict[str, Tensor]:
     """Name in the checkpoint -> the memory it belongs in; an expert's is a piece of the stack."""
@@ -347,7 +233,7 @@ def load_quantized(directory: str | Path, device: str | torch.device = "cpu", dt
     if not any(name.startswith("mtp.") for name in found): config = replace(config, mtp_pattern="", mtp_depths=0)
     with torch.device("meta"):
         model = nemotron.Nemotron(config)
-        pack_modules(model, found)
+        moe.pack_modules(model, found)
     expected = describe(targets(model).items())
     if wrong := [f"{name}: expected {expected.get(name, 'nothing')}, found {found.get(name, 'nothing')}"
                  for name in {**expected, **found} if expected.get(name) != found.get(name)]:
@@ -358,7 +244,7 @@ def load_quantized(directory: str | Path, device: str | torch.device = "cpu", dt
         if not name.endswith(nemotron.FP32): p.data = p.data.to(dtype)
     into = targets(model)
     for name, tensor in nemotron.read_tensors(directory): into[name].copy_(tensor)
-    for module in filter(lambda m: isinstance(m, Packed), model.modules()):
+    for module in filter(lambda m: isinstance(m, moe.Packed), model.modules()):
         if weights_only and module.fmt == "nvfp4": module.fmt = "w4a16"
         if packed or packed is None and module.weight.is_cuda: continue
         module.decoded = module.weight.float() if module.fmt == "fp8" else module.stored().dequantize()      # FP8: its scale multiplies the product

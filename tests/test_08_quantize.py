@@ -274,7 +274,7 @@ def test_an_export_reloads_bit_for_bit(export):
     codes = infer.load_quantized(folder, packed=True)
     into, stored = infer.targets(codes), read(folder)
     for loaded, kept in ((codes, True), (model, False)):
-        assert {m.decoded is None for m in loaded.modules() if isinstance(m, infer.Packed)} == {kept}
+        assert {m.decoded is None for m in loaded.modules() if isinstance(m, moe.Packed)} == {kept}
     assert into.keys() == stored.keys()
     for name, tensor in stored.items(): assert into[name].dtype == tensor.dtype and torch.equal(bits(into[name]), bits(tensor)), name
     assert model.lm_head.weight.dtype == BF16 and model.backbone.layers[0].mixer.A_log.dtype == F32
@@ -467,7 +467,7 @@ def test_a_table_of_ones_own_loads_too(tmp_path):
              ("*.fc1_latent_proj.*", "w4a16", "down"))
     infer.quantize_checkpoint(tmp_path / "plain", Recipe(precision=table), tmp_path / "q", infer.calibrate(model, [batch]))
     loaded = infer.load_quantized(tmp_path / "q", dtype=F32)
-    kinds = {name: m.fmt for name, m in loaded.named_modules() if isinstance(m, infer.Packed)}
+    kinds = {name: m.fmt for name, m in loaded.named_modules() if isinstance(m, moe.Packed)}
     assert kinds["backbone.layers.3.mixer.k_proj"] == "nvfp4" and kinds["backbone.layers.1.mixer.experts.up_proj"] == "fp8"
     assert kinds["backbone.layers.1.mixer.fc1_latent_proj"] == "w4a16" and len(kinds) == 4 + 2 * 3
     assert loaded.backbone.layers[3].mixer.k_proj.k_scale > 0
