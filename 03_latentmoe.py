@@ -20,8 +20,11 @@ Letters:   b batch  t time  d model width  e experts  k chosen experts  l latent
 """
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +34,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from data.modelopt import ALGORITHMS
 
 nvfp4, mamba = (importlib.import_module(name) for name in ("01_nvfp4", "02_mamba"))
 
@@ -528,6 +533,20 @@ class LatentMoE(nn.Module):
 INPUT_RANGE = {"nvfp4": nvfp4.FP4_MAX * nvfp4.E4M3_MAX, "fp8": nvfp4.E4M3_MAX}      # input_scale = largest input / this  [ModelOpt]
 
 
+def quantize_weight(name: str, weight_oi: Tensor, fmt: str, scale_rule: str = "max") -> tuple[dict[str, Tensor], Tensor]:
+    """({suffix: tensor} as ModelOpt stores it, the values it stands for). ValueError for what is no matrix of a linear layer."""
+    if weight_oi.dim() != 2 or not name.endswith("_proj.weight"):
+        raise ValueError(f"{name} cannot be stored as {ALGORITHMS[fmt]}: only matrices named *_proj.weight can, so give it bf16 in the table.")
+    w = weight_oi.float()
+    if fmt != "fp8":
+        q = nvfp4.quantize(w, scale_rule=scale_rule, name=name)      # NaN, and a width that blocks do not divide, are errors there
+        return dict(weight=q.codes, weight_scale=q.block_scale, weight_scale_2=q.global_scale), q.dequantize()
+    if not (amax := w.abs().amax()).isfinite(): raise ValueError(f"{name} holds NaN or Inf and cannot be quantized: take an older checkpoint.")
+    scale = torch.where(amax > 0, amax / nvfp4.E4M3_MAX, 1.0)
+    codes = nvfp4.e4m3(w / scale)
+    return dict(weight=codes, weight_scale=scale), codes.float() * scale
+
+
 class Packed(nn.Module):
     """One weight [o, i], or a stack [e, o, i], as the checkpoint stores it, with the product that its format asks for."""
     def __init__(self, shape: tuple[int, ...], fmt: str):
@@ -538,6 +557,20 @@ class Packed(nn.Module):
         else: fields = dict(weight=((o, i // 2), torch.uint8), weight_scale=((o, i // 16), torch.float8_e4m3fn), weight_scale_2=((), torch.float32))
         if fmt in INPUT_RANGE: fields["input_scale"] = ((), torch.float32)
         for name, (size, dtype) in fields.items(): self.register_buffer(name, torch.empty((*stack, *size), dtype=dtype), persistent=False)
+
+    @torch.no_grad()
+    def draw(self, std: float, g: torch.Generator, largest: float = 32.0) -> None:
+        """Random codes, in place, for a layer of which only size and speed matter: weights of this standard deviation, inputs up to `largest`.
+        4-bit codes are any; E4M3 bytes lie in [1, 4) with a sign, block scales in [1, 2): the scale in fp32 makes up for their root mean square."""
+        square = lambda low, high: torch.arange(low, high, dtype=torch.uint8).view(torch.float8_e4m3fn).float().square().mean().item()
+        if self.fmt == "fp8":
+            byte = self.weight.view(torch.uint8).random_(0, 32, generator=g)
+            byte.copy_(0x38 + (byte & 15) | (byte & 16) << 3)
+            self.weight_scale.fill_(std * square(0x38, 0x48) ** -0.5)
+        else:
+            self.weight.random_(0, 256, generator=g); self.weight_scale.view(torch.uint8).random_(0x38, 0x40, generator=g)
+            self.weight_scale_2.fill_(std * (nvfp4.E2M1.square().mean().item() * square(0x38, 0x40)) ** -0.5)
+        if self.fmt in INPUT_RANGE: self.input_scale.fill_(largest / INPUT_RANGE[self.fmt])
 
     def stored(self) -> nvfp4.NVFP4Tensor: return nvfp4.NVFP4Tensor(self.weight, self.weight_scale, self.weight_scale_2)
 
@@ -590,6 +623,44 @@ def pack_modules(model: nn.Module, found: dict[str, str]) -> None:
         elif isinstance(module, nn.Linear) and (new := packed(name, module.weight.shape)): model.set_submodule(name, new)
         for scale in {f"{name}.k_scale", f"{name}.v_scale"} & found.keys():
             model.get_submodule(name).register_buffer(scale[-7:], torch.empty(()), persistent=False)
+
+
+def packed_modules(model: nn.Module) -> Iterator[Packed]: return (module for module in model.modules() if isinstance(module, Packed))
+
+
+def packed_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every buffer by its name in the checkpoint; an expert's is a piece of the stack."""
+    out = {}
+    for name, buffer in model.named_buffers():
+        match = re.fullmatch(r"(.*\.experts)\.((?:up|down)_proj\..*)", name)
+        if match: out |= {f"{match[1]}.{i}.{match[2]}": piece for i, piece in enumerate(buffer)}
+        else: out[name] = buffer
+    return out
+
+
+@contextlib.contextmanager
+def record_amax(root: nn.Module, prefix: str, valid: Callable[[Tensor], Tensor], output: Callable[[str], str | None]) -> Iterator[dict[str, Tensor]]:
+    """While open: the largest magnitude of every input of a linear and of both products of experts, by module name below `prefix`; of a module's
+    output too, under the name that output(module name) gives, if any. valid: picks the rows that count."""
+    amax, hooks = {}, []
+
+    def note(name: str, x: Tensor) -> None:     # NOTE: torch.maximum hands a NaN on, Python's max would lose it
+        amax[name] = torch.maximum(amax.get(name, x.new_zeros(())), x.abs().amax())
+
+    def note_experts(name: str, up_efl: Tensor, x_rl: Tensor, experts_rk: Tensor) -> None:
+        order_q, inverse_q, offsets_e = sort_by_expert(experts_rk, len(up_efl))
+        x_ql = copy_to_experts(x_rl, experts_rk.shape[1], order_q, inverse_q)
+        note(f"{name}.up_proj", x_rl)
+        note(f"{name}.down_proj", relu2(grouped_linear(x_ql, up_efl, offsets_e)))
+
+    for name, module in root.named_modules(prefix=prefix):
+        if isinstance(module, Experts):
+            hooks.append(module.register_forward_pre_hook(lambda m, args, n=name: note_experts(n, m.up_proj, valid(args[0]), valid(args[2]))))
+        elif isinstance(module, nn.Linear): hooks.append(module.register_forward_pre_hook(lambda m, args, n=name: note(n, valid(args[0]))))
+        if other := output(name): hooks.append(module.register_forward_hook(lambda m, args, y, n=other: note(n, valid(y))))
+    try: yield amax
+    finally:
+        for hook in hooks: hook.remove()
 
 
 # %% 9 · Measurements

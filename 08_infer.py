@@ -30,7 +30,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from data.batches import Batch
@@ -121,44 +121,12 @@ def print_shares(title: str, shares: Shares) -> None:
 def calibrate(model: nemotron.Nemotron, batches: Iterable[Batch]) -> dict[str, float]:
     """The largest magnitude of every projection's input, by module name ("….experts.up_proj" for all experts of a layer), and of keys and values
     ("….k_proj.k_scale"). Padding does not count. The prediction head is not run."""
-    amax, hooks, valid_r = {}, [], None
-
-    def note(name: str, x: Tensor) -> None:     # NOTE: torch.maximum hands a NaN on, Python's max would lose it
-        amax[name] = torch.maximum(amax.get(name, x.new_zeros(())), x.abs().amax())
-
-    def note_experts(name: str, up_efl: Tensor, x_rl: Tensor, experts_rk: Tensor) -> None:
-        order_q, inverse_q, offsets_e = moe.sort_by_expert(experts_rk, len(up_efl))
-        x_ql = moe.copy_to_experts(x_rl, experts_rk.shape[1], order_q, inverse_q)
-        note(f"{name}.up_proj", x_rl)
-        note(f"{name}.down_proj", moe.relu2(moe.grouped_linear(x_ql, up_efl, offsets_e)))
-
-    valid = lambda x: x.flatten(0, -2)[valid_r]
-    for name, module in model.backbone.named_modules(prefix="backbone"):
-        if isinstance(module, moe.Experts):
-            hooks.append(module.register_forward_pre_hook(lambda m, args, n=name: note_experts(n, m.up_proj, valid(args[0]), valid(args[2]))))
-        elif isinstance(module, nn.Linear): hooks.append(module.register_forward_pre_hook(lambda m, args, n=name: note(n, valid(args[0]))))
-        if scale := Recipe().kv_scale(f"{name}.weight"): hooks.append(module.register_forward_hook(lambda m, args, y, n=scale: note(n, valid(y))))
-    try:
+    valid_r, kv_scale = None, lambda module: Recipe().kv_scale(f"{module}.weight")
+    with moe.record_amax(model.backbone, "backbone", lambda x: x.flatten(0, -2)[valid_r], kv_scale) as amax:
         for batch in (b.to(model.lm_head.weight.device) for b in batches):
             valid_r = (batch.doc_bt >= 0).flatten()
             model.hidden(batch.ids_bt, batch.doc_bt)
-    finally:
-        for hook in hooks: hook.remove()
     return {name: x.item() for name, x in amax.items()}
-
-
-def quantize_weight(name: str, weight_oi: Tensor, fmt: str, scale_rule: str = "max") -> tuple[dict[str, Tensor], Tensor]:
-    """({suffix: tensor} as ModelOpt stores it, the values it stands for). ValueError for what is no matrix of a linear layer."""
-    if weight_oi.dim() != 2 or not name.endswith("_proj.weight"):
-        raise ValueError(f"{name} cannot be stored as {ALGORITHMS[fmt]}: only matrices named *_proj.weight can, so give it bf16 in the table.")
-    w = weight_oi.float()
-    if fmt != "fp8":
-        q = nvfp4.quantize(w, scale_rule=scale_rule, name=name)      # NaN, and a width that blocks do not divide, are errors there
-        return dict(weight=q.codes, weight_scale=q.block_scale, weight_scale_2=q.global_scale), q.dequantize()
-    if not (amax := w.abs().amax()).isfinite(): raise ValueError(f"{name} holds NaN or Inf and cannot be quantized: take an older checkpoint.")
-    scale = torch.where(amax > 0, amax / nvfp4.E4M3_MAX, 1.0)
-    codes = nvfp4.e4m3(w / scale)
-    return dict(weight=codes, weight_scale=scale), codes.float() * scale
 
 
 def quantized_tensors(name: str, tensor: Tensor, recipe: Recipe, amax: dict[str, float], share: Counter) -> dict[str, Tensor]:
@@ -170,7 +138,7 @@ def quantized_tensors(name: str, tensor: Tensor, recipe: Recipe, amax: dict[str,
     fmt, module = recipe.format_of(name)[0], name.removesuffix(".weight")
     if fmt == "bf16": stored = {name: tensor if name.endswith(nemotron.FP32) else tensor.to(torch.bfloat16)}
     else:
-        parts, values = quantize_weight(name, tensor, fmt, recipe.scale_rule)
+        parts, values = moe.quantize_weight(name, tensor, fmt, recipe.scale_rule)
         if fmt in moe.INPUT_RANGE: parts["input_scale"] = input_scale(re.sub(r"\.experts\.\d+\.", ".experts.", module), moe.INPUT_RANGE[fmt])
         stored = {f"{module}.{suffix}": part for suffix, part in parts.items()}
         energy = lambda x: x.square().sum(dtype=torch.float64).item()
@@ -210,12 +178,7 @@ def quantize_checkpoint(directory: str | Path, recipe: Recipe, out: str | Path, 
 
 def targets(model: nemotron.Nemotron) -> dict[str, Tensor]:
     """Name in the checkpoint -> the memory it belongs in; an expert's is a piece of the stack."""
-    out = dict(nemotron.released_tensors(model))
-    for name, buffer in model.named_buffers():
-        match = re.fullmatch(r"(.*\.experts)\.((?:up|down)_proj\..*)", name)
-        if match: out |= {f"{match[1]}.{i}.{match[2]}": piece for i, piece in enumerate(buffer)}
-        else: out[name] = buffer
-    return out
+    return dict(nemotron.released_tensors(model)) | moe.packed_tensors(model)
 
 
 def load_quantized(directory: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16, weights_only: bool = False,
@@ -244,7 +207,7 @@ def load_quantized(directory: str | Path, device: str | torch.device = "cpu", dt
         if not name.endswith(nemotron.FP32): p.data = p.data.to(dtype)
     into = targets(model)
     for name, tensor in nemotron.read_tensors(directory): into[name].copy_(tensor)
-    for module in filter(lambda m: isinstance(m, moe.Packed), model.modules()):
+    for module in moe.packed_modules(model):
         if weights_only and module.fmt == "nvfp4": module.fmt = "w4a16"
         if packed or packed is None and module.weight.is_cuda: continue
         module.decoded = module.weight.float() if module.fmt == "fp8" else module.stored().dequantize()      # FP8: its scale multiplies the product

@@ -214,18 +214,18 @@ def test_scale_rules_on_gaussian_weights_give_the_published_gains():
     """Four-Over-Six -16.4 %, the sweep -27.0 % of max's squared error on Gaussians; FP8 per tensor 31.55 dB  [algorithms: A7, A8]."""
     w, lost = normal(256, 1024), {}
     for rule in ("max", "four_over_six", "mse"):
-        parts, values = infer.quantize_weight("x_proj.weight", w, "nvfp4", rule)
+        parts, values = moe.quantize_weight("x_proj.weight", w, "nvfp4", rule)
         lost[rule] = nvfp4.relative_error(w, values)
         torch.testing.assert_close(parts["weight_scale_2"], w.abs().max() / (6 * (256 if rule == "four_over_six" else 448)), rtol=1e-6, atol=0)
     # three standard errors of a mean over 16,384 blocks are below half a percent
     assert abs(lost["four_over_six"] / lost["max"] - 1 + 0.164) < 0.005 and abs(lost["mse"] / lost["max"] - 1 + 0.270) < 0.005
-    _, values = infer.quantize_weight("x_proj.weight", normal(1024, 1024), "fp8")
+    _, values = moe.quantize_weight("x_proj.weight", normal(1024, 1024), "fp8")
     assert abs(nvfp4.decibels(nvfp4.relative_error(normal(1024, 1024), values)) - 31.55) < 0.05
 
 
 def test_a_zero_weight_stays_zero():
     for fmt in ("nvfp4", "fp8"):
-        parts, values = infer.quantize_weight("x_proj.weight", torch.zeros(16, 32), fmt)
+        parts, values = moe.quantize_weight("x_proj.weight", torch.zeros(16, 32), fmt)
         assert not values.any() and all(torch.isfinite(p.float()).all() for p in parts.values())
 
 
