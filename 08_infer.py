@@ -5,11 +5,13 @@ Left out:  a prefix cache, trees of drafts, several devices, FP8 tensor cores (o
 Sources:   [Ultra] Nemotron 3 Ultra report, arXiv 2606.15007 · [Card] its model card · [ModelOpt] NVIDIA Model-Optimizer: its export, its recipe
            nvfp4-46-max for Ultra · [vLLM] its nemotron_h_mtp and Mamba states · [Replay] TensorRT-LLM and FlashInfer
            [Leviathan] Speculative Decoding, arXiv 2211.17192
-Run:       python 08_infer.py quantize                     # 10 s, CPU: the newest checkpoint in out/boosted, into out/quantized
-           python 08_infer.py quantize --base out/sft --out out/quantized --scale-rule mse
-           python 08_infer.py quantize --preset ultra      # 6 s, CPU: what 560 billion parameters take, from their shapes alone
+Run:       python 08_infer.py                              # 90 s, CPU: the tour: quantize, draft, caches, a question in every mode
+           python 08_infer.py chat                         # talk to the newest checkpoint in out/boosted; /help there says how
+           python 08_infer.py generate --prompt "gcd of 12 and 18?" --mode off --temperature 0 --draft 2
+           python 08_infer.py bench --preset nano --random-weights    # one GPU: tokens/s by batch size and drafts, from sizes alone
+           python 08_infer.py quantize --base out/sft --scale-rule mse     # 10 s, CPU, into out/quantized; --preset ultra: the bill alone
 Contents:  1 precision   2 quantize a checkpoint   3 compute with it   4 slot caches   5 sampling and drafts   6 engine   7 reasoning budget
-           8 command
+           8 commands
 Letters:   b batch, or slots  r rows: of one pass, or flattened (b·t)  t time  s cached time  k drafts, or chosen experts  w a window (k + 1)
            d model width  v vocabulary  h heads  p head width  g groups  n state  c conv channels  e experts  l latent  f expert width
            q rows sorted by expert;  o output features, i input features of a linear layer; i places of an answer
@@ -19,6 +21,7 @@ from __future__ import annotations
 import codecs
 import importlib
 import re
+import sys
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -33,8 +36,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from data import terminal
 from data.batches import Batch
-from data.modelopt import ALGORITHMS, read_config, write_configs, write_shards
+from data.modelopt import ALGORITHMS, is_quantized, read_config, write_configs, write_shards
 from data.tokenizer import Tokenizer
 
 nvfp4, mamba, moe, nemotron, pretrain, sft = (importlib.import_module(name) for name in (
@@ -211,6 +215,35 @@ def load_quantized(directory: str | Path, device: str | torch.device = "cpu", dt
         if weights_only and module.fmt == "nvfp4": module.fmt = "w4a16"
         if packed or packed is None and module.weight.is_cuda: continue
         module.decoded = module.weight.float() if module.fmt == "fp8" else module.stored().dequantize()      # FP8: its scale multiplies the product
+    return model
+
+
+@torch.no_grad()
+def random_model(config: nemotron.ModelConfig, recipe: Recipe | None = None, device: str | torch.device = "cpu",
+                 dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> nemotron.Nemotron:
+    """An untrained Nemotron for sizing, drawn where and as it will lie: with a recipe in codes and scales, so that Super fits a GPU.
+
+    The embedding's values have size 1, those of a matrix with i columns 1 / sqrt(i), and 1 / sqrt(L) of that where it writes to the residual stream,
+    as in stage 04. So each of L blocks adds about 1 / L of the stream's first variance, and hiddens neither vanish nor grow, however deep."""
+    with torch.device("meta"):
+        model, found = nemotron.Nemotron(config), {}
+        for name, _ in nemotron.released_tensors(model) if recipe else ():
+            fmt, scale, scales = recipe.format_of(name)[0], recipe.kv_scale(name), name.removesuffix("weight")
+            codes = {"fp8": {name: "float8"}, "w4a16": {f"{scales}weight_scale_2": ""}, "bf16": {},
+                     "nvfp4": {f"{scales}weight_scale_2": "", f"{scales}input_scale": ""}}[fmt]
+            found |= codes | ({scale: ""} if scale else {})
+        moe.pack_modules(model, found)
+    for name, p in model.named_parameters():
+        if not name.endswith(nemotron.FP32): p.data = p.data.to(dtype)
+    model, g = model.to_empty(device=device).requires_grad_(False).eval(), torch.Generator(device).manual_seed(seed)
+    size = lambda name, columns: (columns * (config.layers if name.endswith(nemotron.OUTPUTS) else 1)) ** -0.5
+    for name, t in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith("A_log"): t.uniform_(1, 16, generator=g).log_()
+        elif name.endswith("dt_bias"): t.uniform_(-6.9, -2.25, generator=g)        # softplus of it: 0.001 to 0.1, as stage 02 draws dt
+        elif t.dim() < 2: t.fill_(0 if name.endswith("bias") else 1)               # norms, D and the scales of an FP8 cache: 1
+        elif t.element_size() > 1: t.normal_(0, 1 if "embeddings" in name else size(name, t.shape[-1]), generator=g)
+    for name, module in model.named_modules():
+        if isinstance(module, moe.Packed): module.draw(size(f"{name}.weight", module.shape[-1]), g)
     return model
 
 
@@ -802,7 +835,7 @@ def generate_with_budget(engine: Engine, talks: list[list[dict]], mode: sft.Mode
     return [done[i] for done in [engine.run()] for i in ids]
 
 
-# %% 8 · Command
+# %% 8 · Commands
 
 @dataclass(frozen=True)
 class QuantizeConfig:
@@ -815,6 +848,51 @@ class QuantizeConfig:
     preset: str | None = None              # print what this preset takes, from shapes alone, and stop
 
 
+@dataclass(frozen=True)
+class ChatConfig:
+    """Talks in the terminal; /help there says how."""
+    model: Path = Path("out/boosted")      # a checkpoint, quantized or not, or a run's folder: then its newest one
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    mode: str = "regular"                  # of thinking: regular, medium or off
+    sampling: SamplingParams = SamplingParams(max_tokens=512)
+    draft: int = 3                         # tokens that the MTP head drafts a pass, ours; 0 for a model without one
+    rollback: Rollback = "snapshot"        # how rejected drafts are taken back
+    state_format: str = "fp32"             # of the SSM states: fp32, fp16, fp16_sr, int8 or int8_sr; sr rounds stochastically
+    kv_format: str | None = None           # fp32, bf16 or fp8; as the weights when not given
+    capacity: int = 4096                   # tokens that a conversation may have
+
+    def __post_init__(self):
+        if self.mode not in sft.MODES: raise ValueError(f"mode {self.mode!r} is unknown: choose one of {', '.join(sft.MODES)}.")
+
+    def engine(self, slots: int) -> Engine:
+        model, tokenizer = open_model(self.model, self.device)
+        return Engine(model, slots, self.capacity, self.draft, self.rollback, self.state_format, self.kv_format, tokenizer=tokenizer)
+
+
+@dataclass(frozen=True)
+class GenerateConfig(ChatConfig):
+    """Answers a prompt, or every line of a file."""
+    prompt: str = ""
+    file: Path | None = None               # one prompt a line
+    slots: int = 8                         # requests at a time
+
+
+def newest(folder: Path) -> Path:
+    """The checkpoint itself, or the newest one of a run's folder."""
+    if (folder / "config.json").exists(): return folder
+    if pretrain.checkpoints(folder): return pretrain.newest_checkpoint(folder)
+    raise ValueError(f"{folder} holds no checkpoint: train one (make run, or stages 05 to 07), or name another folder.")
+
+
+def open_model(folder: Path, device: str = "auto") -> tuple[nemotron.Nemotron, Tokenizer]:
+    """A checkpoint, quantized or not: in fp32 on a CPU, in bf16 on a GPU, where 4-bit layers round their inputs only if the GPU has FP4."""
+    if device == "cuda" and not torch.cuda.is_available(): raise ValueError("--device cuda: there is no CUDA device here; use cpu.")
+    folder, device = newest(folder), nvfp4.demo_device("auto") if device == "auto" else device
+    dtype, hopper = (torch.float32, False) if device == "cpu" else (torch.bfloat16, torch.cuda.get_device_capability() < (10, 0))
+    model = load_quantized(folder, device, dtype, hopper) if is_quantized(folder) else nemotron.load_checkpoint(folder, device, dtype)
+    return model.eval(), Tokenizer.load(folder)
+
+
 def calibration_batches(tokenizer: Tokenizer, tokens: int) -> Iterator[Batch]:
     """Packs of built-in training conversations, about `tokens` in all."""
     config = sft.SFTConfig(tokens=tokens)
@@ -823,13 +901,13 @@ def calibration_batches(tokenizer: Tokenizer, tokens: int) -> Iterator[Batch]:
     for pack in tqdm(packs[:max(1, tokens // width)], desc="calibrate", leave=False): yield sft.pack_batch([[samples[i] for i in pack]], width)
 
 
-def main(config: QuantizeConfig) -> None:
+def quantize_command(config: QuantizeConfig) -> dict | None:
     began, recipe = time.perf_counter(), Recipe(config.scale_rule, config.weights_only)
     if config.preset:
         with torch.device("meta"): model = nemotron.Nemotron(nemotron.preset(config.preset))
         return print_shares(f"preset {config.preset}, from its shapes", count_bits(nemotron.released_tensors(model), recipe))
     if config.tokens < 1: raise ValueError(f"--tokens {config.tokens}: calibration needs at least one.")
-    base = pretrain.newest_checkpoint(config.base) if pretrain.checkpoints(config.base) else config.base
+    base = newest(config.base)
     read_config(base, quantized=False)
     nvfp4.writable_folder(config.out.parent)
     tokenizer, model = Tokenizer.load(base), nemotron.load_checkpoint(base)
@@ -841,13 +919,57 @@ def main(config: QuantizeConfig) -> None:
     losses["quantized, 4-bit weights with 16-bit inputs"] = loss(load_quantized(config.out, dtype=torch.float32, weights_only=True))
     if not config.weights_only: losses["quantized, 4-bit weights and inputs"] = loss(load_quantized(config.out, dtype=torch.float32))
     nvfp4.print_table("loss on validation conversations, nats a token of the assistant", ["", "loss"], [[k, f"{x:.4f}"] for k, x in losses.items()])
-    bits, seconds = bits_per_element(shares), round(time.perf_counter() - began, 1)
-    nvfp4.write_row(config.out.parent, "08_quantize", base=str(base), scale_rule=config.scale_rule, weights_only=config.weights_only,
-                    bits_per_element=bits, losses=losses, seconds=seconds,
-                    error_db={label: nvfp4.decibels(s["error"] / s["energy"]) for (_, label), s in shares.items() if s["error"]})
-    print(f"\n{bits:.3f} bits a parameter in {config.out}, which load_quantized opens. {seconds} s")
+    row = dict(bits_per_element=bits_per_element(shares), losses=losses, seconds=round(time.perf_counter() - began, 1),
+               error_db={label: nvfp4.decibels(s["error"] / s["energy"]) for (_, label), s in shares.items() if s["error"]})
+    nvfp4.write_row(config.out.parent, "08_quantize", base=str(base), scale_rule=config.scale_rule, weights_only=config.weights_only, **row)
+    print(f"\n{row['bits_per_element']:.3f} bits a parameter in {config.out}, which load_quantized opens. {row['seconds']} s")
+    return row
+
+
+def drafts_kept(engine: Engine) -> float | None:
+    """The share of all drafts since the last call; None without any."""
+    offered, kept = (int(count_k.sum()) for count_k in (engine.running.offered_k, engine.running.accepted_k))
+    engine.running.offered_k.zero_(); engine.running.accepted_k.zero_()
+    return kept / offered if offered else None
+
+
+def generate_command(config: GenerateConfig) -> None:
+    talks = [[dict(role="user", content=text)] for text in terminal.read_prompts(config.prompt, config.file)]
+    engine, began, alone = config.engine(min(config.slots, len(talks))), time.perf_counter(), len(talks) == 1
+    stream = lambda id, ids, piece: terminal.write(terminal.clean(piece))
+    answers = generate_with_budget(engine, talks, config.mode, config.sampling, stream if alone else None)
+    for talk, answer in zip(talks, answers):
+        if not alone: terminal.write(f"> {talk[0]['content']}\n{terminal.clean(answer.text)}\n")
+    tokens, seconds = sum(len(answer.ids) for answer in answers), time.perf_counter() - began
+    terminal.write(f"\n{terminal.Reply({}, tokens, seconds, drafts_kept(engine), answers[0].reason if alone else 'stop').line()}\n")
+
+
+def chat_command(config: ChatConfig) -> None:
+    engine = config.engine(1)
+
+    def ask(messages: list[dict], mode: sft.Mode, budget: int | None, show, stopped) -> terminal.Reply:
+        began, sampling = time.perf_counter(), replace(config.sampling, budget=budget, seed=config.sampling.seed + len(messages))
+        stream = lambda id, ids, piece: (show(piece), stopped() and engine.cancel(id))
+        answer, = generate_with_budget(engine, [messages], mode, sampling, stream)
+        thought, end, said = answer.text.rpartition("</think>")        # later turns see no thoughts, nor a trace that has no end
+        message = dict(role="assistant", content=said.strip() if end or mode == "off" else "")
+        return terminal.Reply(message, len(answer.ids), time.perf_counter() - began, drafts_kept(engine), answer.reason)
+
+    terminal.prepare()
+    terminal.chat(ask, config.mode, config.sampling.budget)
+
+
+COMMANDS = {QuantizeConfig: quantize_command, GenerateConfig: generate_command, ChatConfig: chat_command}
+
+
+def main(config) -> None: COMMANDS[type(config)](config)
 
 
 if __name__ == "__main__":
     import tyro
-    nvfp4.run_command(main, tyro.extras.subcommand_type_from_defaults({"quantize": QuantizeConfig()}), __doc__)
+
+    from experiments import serving  # tour and bench: tables, rows and a figure
+    commands = dict(tour=serving.TourConfig(), generate=GenerateConfig(), chat=ChatConfig(), bench=serving.BenchConfig(), quantize=QuantizeConfig())
+    if len(sys.argv) == 1: sys.argv.append("tour")
+    nvfp4.run_command(lambda config: (COMMANDS | serving.COMMANDS)[type(config)](config),
+                      tyro.conf.OmitArgPrefixes[tyro.extras.subcommand_type_from_defaults(commands)], __doc__)

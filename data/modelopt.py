@@ -52,11 +52,15 @@ def write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_byte
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
+def is_quantized(directory: Path) -> bool:
+    """Whether the checkpoint in `directory` is; ValueError where there is none."""
+    if not (directory / "config.json").exists(): raise ValueError(f"{directory} has no config.json: give a local checkpoint directory.")
+    return (directory / "hf_quant_config.json").exists() or "quantization_config" in json.loads((directory / "config.json").read_text())
+
+
 def read_config(directory: Path, quantized: bool) -> dict:
     """config.json of a checkpoint that is, or is not, quantized; ValueError for the other sort."""
-    if not (directory / "config.json").exists(): raise ValueError(f"{directory} has no config.json: give a local checkpoint directory.")
-    released = json.loads((directory / "config.json").read_text())
-    if ("quantization_config" in released or (directory / "hf_quant_config.json").exists()) == quantized: return released
+    if is_quantized(directory) == quantized: return json.loads((directory / "config.json").read_text())
     raise ValueError(f"{directory} is not quantized: open it with load_checkpoint of stage 04." if quantized else
                      f"{directory} is quantized already: give the checkpoint that it was made from.")
 
