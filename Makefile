@@ -25,6 +25,7 @@ run: $(SETUP)
 	$(PY) experiments/plot_run.py
 	$(PY) 06_sft.py --fresh
 	$(PY) 07_rlvr_mopd.py --fresh
+	$(PY) 08_infer.py
 	@$(PY) experiments/table.py summary
 
 test: $(SETUP)

@@ -39,7 +39,8 @@ class Reply(NamedTuple):
         """"[40 tokens, 200 tokens/s, 61% of drafts kept]" """
         parts = [f"{self.tokens} tokens", f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s"]
         if self.accepted is not None: parts.append(f"{self.accepted:.0%} of drafts kept")
-        return f"[{', '.join(parts + [ENDS[self.reason]] * (self.reason in ENDS))}]"
+        if self.reason in ENDS: parts.append(ENDS[self.reason])
+        return f"[{', '.join(parts)}]"
 
 
 # (messages, mode, budget or None, show a piece, has Ctrl-C been pressed?) -> Reply; ValueError for what a person can mend

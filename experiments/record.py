@@ -21,7 +21,7 @@ from typing import Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("01_nvfp4.py", "02_mamba.py", "03_latentmoe.py", "04_model.py", "05_pretrain.py --fresh", "06_sft.py --fresh",
-          "07_rlvr_mopd.py --fresh", "04_model.py --preset ultra")
+          "07_rlvr_mopd.py --fresh", "08_infer.py", "04_model.py --preset ultra")
 
 
 def rows_of(path: Path) -> list[dict]:

@@ -22,7 +22,8 @@ STAGES = {"01_nvfp4": "what four bits keep and lose, and the three products of a
           "04_model": "the hybrid model with its multi-token head, checkpoints and text generation",
           "05_pretrain": "tokenizer, data, schedule, trainer: a model that learns from real text",
           "06_sft": "chat format, reasoning modes, packing, tools: a model that answers",
-          "07_rlvr_mopd": "rollouts, GRPO in two processes, teachers, distillation from several of them, a boosted prediction head"}
+          "07_rlvr_mopd": "rollouts, GRPO in two processes, teachers, distillation from several of them, a boosted prediction head",
+          "08_infer": "a quantized checkpoint, caches in slots, drafts that are verified and rolled back, thinking on a budget, a chat"}
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -35,9 +36,10 @@ def newest(rows: list[dict], stage: str, **match) -> dict | None:
     return next((row for row in reversed(rows) if row["stage"] == stage and all(row.get(k) == v for k, v in match.items())), None)
 
 
-def timing(rows: list[dict], stage: str) -> dict:
-    """The newest timed run of a stage on its default preset."""
-    return next(row for row in reversed(rows) if row["stage"] == "command" and stage in row["command"] and "--preset" not in row["command"])
+def timing(rows: list[dict], stage: str) -> dict | None:
+    """The newest timed run of a stage on its default preset; None before its first."""
+    mine = (row for row in reversed(rows) if row["stage"] == "command" and stage in row["command"] and "--preset" not in row["command"])
+    return next(mine, None)
 
 
 # what a stage showed, in one line made of its newest rows
@@ -95,7 +97,20 @@ def showed_07(rows):
             f"tokens a pass by boosting: {drafts}")
 
 
-SHOWED: dict[str, Callable] = dict(zip(STAGES, (showed_01, showed_02, showed_03, showed_04, showed_05, showed_06, showed_07)))
+def showed_08(rows):
+    row = newest(rows, "08_infer")
+    if row is None: return None
+    fastest = {slots: max(by, key=by.get) for slots, by in row["tokens_per_s"].items()}
+    speed = ", ".join(f"{row['tokens_per_s'][slots]['0']:,.0f} plain and {row['tokens_per_s'][slots][k]:,.0f} with {k} drafts at batch {slots}"
+                      for slots, k in fastest.items())
+    before, after = row["losses"]["as it was"], row["losses"]["quantized, 4-bit weights and inputs"]
+    passes = " to ".join(f"{row['tokens_per_pass'][name]:.2f}" for name in ("before", "after") if name in row["tokens_per_pass"])
+    deepest = len(row["kept"]["after"])
+    return (f"{row['bits_per_element']:.2f} bits a parameter, loss {before:.4f} to {after:.4f}; tokens/s: {speed}; "
+            f"tokens a pass with {deepest} drafts, by boosting: {passes}")
+
+
+SHOWED: dict[str, Callable] = dict(zip(STAGES, (showed_01, showed_02, showed_03, showed_04, showed_05, showed_06, showed_07, showed_08)))
 
 
 def summary() -> None:
@@ -162,11 +177,9 @@ def table_claims(rows: list[dict]) -> str:
 
 
 def table_stages(rows: list[dict]) -> str:
-    lines = []
-    for stage, what in STAGES.items():
-        run = timing(rows, stage)
-        lines.append(f"| [`{stage}.py`]({stage}.py) | {what} | {run['seconds']:.0f} s | {SHOWED[stage](rows)} |")
-    return f"| file | what you build | time on {run['cores']} CPU cores | what it showed |\n|---|---|---|---|\n" + "\n".join(lines)
+    timed = [(stage, run) for stage in STAGES if (run := timing(rows, stage))]
+    lines = [f"| [`{stage}.py`]({stage}.py) | {STAGES[stage]} | {run['seconds']:.0f} s | {SHOWED[stage](rows)} |" for stage, run in timed]
+    return f"| file | what you build | time on {timed[-1][1]['cores']} CPU cores | what it showed |\n|---|---|---|---|\n" + "\n".join(lines)
 
 
 def table_speed(rows: list[dict]) -> str:
@@ -244,7 +257,7 @@ def gpu_tests(rows: list[dict]) -> str:
 def command_time(rows: list[dict], command: str) -> str:
     """Minutes of `make run` (the sum of its stages) or `make test`."""
     if command == "run":
-        stages = [timing(rows, stage) for stage in STAGES]
+        stages = [run for stage in STAGES if (run := timing(rows, stage))]
         return f"# {sum(r['seconds'] for r in stages) / 60:.1f} min on {stages[0]['cores']} CPU cores, installed"
     row = newest(rows, "command", command="make test")
     if row is None: return "# not timed yet"
