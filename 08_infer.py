@@ -861,10 +861,8 @@ class ChatConfig:
     kv_format: str | None = None           # fp32, bf16 or fp8; as the weights when not given
     capacity: int = 4096                   # tokens that a conversation may have
 
-    def __post_init__(self):
-        if self.mode not in sft.MODES: raise ValueError(f"mode {self.mode!r} is unknown: choose one of {', '.join(sft.MODES)}.")
-
     def engine(self, slots: int) -> Engine:
+        if self.mode not in sft.MODES: raise ValueError(f"mode {self.mode!r} is unknown: choose one of {', '.join(sft.MODES)}.")
         model, tokenizer = open_model(self.model, self.device)
         return Engine(model, slots, self.capacity, self.draft, self.rollback, self.state_format, self.kv_format, tokenizer=tokenizer)
 

@@ -104,7 +104,7 @@ def chat(ask: Ask, mode: str = "regular", budget: int | None = None, read: Calla
             elif line:
                 asked = [*talk, dict(role="user", content=line)]
                 try: reply = ask(asked, mode, budget, lambda piece: say(clean(piece)), stopped)
-                except ValueError as error: say(f"{error}\n"); continue
+                except ValueError as error: say(f"{error} /reset begins a new conversation.\n"); continue
                 if reply.reason != "cancelled": talk = [*asked, reply.message]
                 say(f"\n{reply.line()}\n")
 

@@ -86,11 +86,11 @@ def test_ctrl_c_stops_the_answer_and_forgets_the_question():
 
 def test_what_cannot_be_answered_is_said_and_forgotten():
     def answer(messages, *rest):
-        if "big" in messages[-1]["content"]: raise ValueError("too long. /reset begins a new conversation.")
+        if "big" in messages[-1]["content"]: raise ValueError("too long.")
         return terminal.Reply(YES, 1, 1.0, None, "stop_id")
 
     asked, shown = drive(["big", "a"], answer)
-    assert shown.count("too long.") == 1 and asked[1][0] == [user("a")]
+    assert shown.count("too long. /reset begins a new conversation.") == 1 and asked[1][0] == [user("a")]
 
 
 def test_an_answer_cannot_move_the_cursor():
