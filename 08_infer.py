@@ -5,7 +5,7 @@ Left out:  a prefix cache, trees of drafts, several devices, FP8 tensor cores (o
 Sources:   [Ultra] Nemotron 3 Ultra report, arXiv 2606.15007 · [Card] its model card · [ModelOpt] NVIDIA Model-Optimizer: its export, its recipe
            nvfp4-46-max for Ultra · [vLLM] its nemotron_h_mtp and Mamba states · [Replay] TensorRT-LLM and FlashInfer
            [Leviathan] Speculative Decoding, arXiv 2211.17192
-Run:       python 08_infer.py                              # 90 s, CPU: the tour: quantize, draft, caches, a question in every mode
+Run:       python 08_infer.py                              # 1 min, CPU: the tour: quantize, draft, caches, a question in every mode
            python 08_infer.py chat                         # talk to the newest checkpoint in out/boosted; /help there says how
            python 08_infer.py generate --prompt "gcd of 12 and 18?" --mode off --temperature 0 --draft 2
            python 08_infer.py bench --preset nano --random-weights    # one GPU: tokens/s by batch size and drafts, from sizes alone

@@ -1,6 +1,6 @@
 """What stage 08 measures of itself: the tour that `make run` ends with, and tokens a second by batch size and number of drafts.
 
-Run:   python 08_infer.py                      # 90 s, CPU: quantize the boosted checkpoint, draft for it, price its caches, ask it in every mode
+Run:   python 08_infer.py                      # 1 min, CPU: quantize the boosted checkpoint, draft for it, price its caches, ask it in every mode
        python 08_infer.py bench                # tokens a second of a checkpoint
        python 08_infer.py bench --preset super --random-weights --weights w4a16 --forced 0.7     # one H200: sizes alone, acceptance made up
 """
@@ -142,6 +142,7 @@ class TourConfig:
     out: Path = Path("out")                # quantized checkpoint, figure and results.jsonl go here
     questions: int = 24                    # held-out ones, for speed and acceptance
     drafts: tuple[int, ...] = (1, 2, 3, 5, 7)      # beside none
+    tokens: int = 16_384                   # to calibrate on, as in quantize
 
     def __post_init__(self):
         if self.questions < 1: raise ValueError(f"--questions {self.questions}: the tour asks at least one.")
@@ -205,11 +206,12 @@ def plot(speeds: dict[int, dict[int, Speed]], heads: dict[str, Speed], path: Pat
         left.plot(list(by), [x.tokens_per_s / by[0].tokens_per_s for x in by.values()], "o-", color=colour, linewidth=2,
                   label=f"batch {slots}: {by[0].tokens_per_s:,.0f} tokens/s without drafts")
     passes = next(iter(speeds.values()))
-    left.plot(list(passes), [x.tokens_per_pass for x in passes.values()], ":", color="0.4", label="tokens a pass of the trunk")
+    left.plot(list(passes), [x.tokens_per_pass for x in passes.values()], ":", color="0.4", label="tokens a pass of the trunk, batch 1")
     left.axhline(1, color="0.6", linewidth=0.8)
-    left.set(title="Drafts pay where a pass costs less than it yields", xlabel="drafts a pass, k", ylabel="speed against no drafts", ylim=(0, None))
-    for (name, x), style in zip(heads.items(), ("o--", "o-")):
-        right.plot(range(1, len(x.kept) + 1), x.kept, style, color="#2c6fa6", linewidth=2,
+    left.set(title="What drafts yield, and what is left of it as speed", xlabel="drafts a pass, k", ylabel="speed against no drafts", ylim=(0, None))
+    styles = dict(before=dict(color="0.5", linestyle="--", markerfacecolor="white"), after=dict(color="#2c6fa6"))
+    for name, x in heads.items():
+        right.plot(range(1, len(x.kept) + 1), x.kept, marker="o", linewidth=2, **styles[name],
                    label=f"{name} boosting: {x.tokens_per_pass:.2f} tokens a pass")
     right.set(title="Drafts kept, by place", xlabel="place of the draft", ylabel="share kept where all before were", ylim=(0, 1))
     for axes in (left, right): axes.legend(frameon=False, fontsize=9)
@@ -220,7 +222,7 @@ def tour(config: TourConfig) -> None:
     began = time.perf_counter()
     base = infer.newest(config.model)
     nvfp4.writable_folder(config.out)
-    bill = infer.quantize_command(infer.QuantizeConfig(base=base, out=config.out / "quantized"))
+    bill = infer.quantize_command(infer.QuantizeConfig(base=base, out=config.out / "quantized", tokens=config.tokens))
     model, tokenizer = infer.open_model(base, "cpu")
     asked = ask_questions(config.questions)
     prompts, sampling, speeds = as_prompts(asked, tokenizer), nemotron.SamplingParams(max_tokens=96, temperature=0.0), {}
@@ -229,7 +231,7 @@ def tour(config: TourConfig) -> None:
         by = speeds.setdefault(slots, {})
         found = measure_speed(model, prompts if slots > 1 else prompts[:max(1, len(prompts) // 3)], slots, k, sampling)
         by[k] = max(by.get(k, found), found, key=lambda speed: speed.tokens_per_s)
-    print_speeds(f"tokens/s on held-out questions, greedy (in brackets: tokens a pass of the trunk), {torch.get_num_threads()} threads", speeds)
+    print_speeds(f"tokens/s on held-out questions, greedy (in brackets: tokens a pass of the trunk), {torch.get_num_threads()} thread(s)", speeds)
     all_equal = all(x.answers == by[0].answers for by in speeds.values() for x in by.values())
     print(f"  Every answer with drafts is {'' if all_equal else 'NOT '}the answer without, token for token.")
 
