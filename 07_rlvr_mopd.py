@@ -34,10 +34,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data import tasks
+from data import curriculum, tasks
 from data.batches import Batch
 from data.curriculum import NothingToLearn, gaussian_curriculum, gaussian_quotas, largest_remainders, make_plan, make_pools  # noqa: F401
-from data.tasks.turns import Pivot, cut_turns, same_calls, verify_turn  # noqa: F401  (names of this stage)
+from data.tasks.turns import Pivot, cut_turns, pivot_turns, same_calls, verify_turn  # noqa: F401  (names of this stage)
 from data.tokenizer import Tokenizer
 from data.worker import SharedWeights, Worker  # noqa: F401
 
@@ -106,6 +106,7 @@ class RLConfig:
     max_tokens: int = 96             # most tokens a turn may have, ours; Ultra 48K, then 64K for a whole conversation
     lr: float = 2e-4                 # constant, ours; Ultra 4e-6
     warmup_steps: int = 10           # from lr / 10  [RL: 4e-7 to 4e-6]
+    rollout_engine: Literal["sampled", "speculative"] = "sampled"      # stage 04's generate, or stage 08's engine with drafts
     sync: bool = False               # draw and learn in turns, in one process
     age: int = 1                     # most optimizer steps between the weights that begin an answer and those that learn from it  [Ultra]
     in_flight: bool = True           # the worker takes new weights in the middle of an answer  [Ultra]
@@ -117,6 +118,7 @@ class RLConfig:
     effort: tuple[float, int] = (0.1, 32)         # their largest bonus, and tokens from which on length costs, ours: 32 of 96; Ultra 15,000 of 49,152
     overlong_filter: bool = False    # leave answers out that were cut at max_tokens  [Ultra: no; Nano: yes]
     profile: tuple[int, int] = (32, 4)            # questions a family and level whose pass rate is measured first, and answers to each, ours
+    pool: int = 128                  # questions of each level that is used, ours: few of them, asked often, are learnt by heart
     rows: int = 256                  # answers drawn at once for that, about, ours; a GPU takes as long for 2,048
     band: tuple[float, float] = (0.1, 0.7)        # mean pass rate that a family's level must have to be used, ours
     curriculum: tuple[float, float, float] = (0.7, 0.3, 0.15)      # mean pass rate at the start, at the end, and width, ours: the report has words
@@ -137,7 +139,7 @@ class RLConfig:
         if self.prompts * self.answers % self.micro_batches:
             raise ValueError(f"{self.prompts * self.answers} answers cannot be cut into micro_batches = {self.micro_batches} equal pieces.")
         if not 0 <= self.medium <= 1: raise ValueError(f"medium = {self.medium} must be a share between 0 and 1.")
-        if min(*self.profile, self.effort[1]) < 1: raise ValueError(f"profile {self.profile} and the bound in effort {self.effort} must be positive.")
+        if min(*self.profile, self.pool, self.effort[1]) < 1: raise ValueError(f"profile {self.profile}, pool and effort's bound must be positive.")
         if self.weights not in get_args(Weighting): raise ValueError(f"weights = {self.weights!r} is unknown: use 'tis' or 'icepop'.")
         if unknown := [d for d in self.domains if d not in tasks.DOMAINS]:
             raise ValueError(f"unknown domain {unknown[0]!r}: choose some of {', '.join(tasks.DOMAINS)}.")
@@ -163,7 +165,8 @@ class RLConfig:
 
 
 # What may differ between a run and its continuation.
-FREE = {"out", "name", "device", "save_every", "held_out", "eval_every", "rows", "resume", "fresh", "sync", "age", "in_flight", "mopd"}
+FREE = {"out", "name", "device", "save_every", "held_out", "eval_every", "rows", "resume", "fresh", "sync", "age", "in_flight", "mopd",
+        "rollout_engine"}
 
 
 # %% 2 · Rollouts
@@ -410,15 +413,18 @@ def grpo_objective(config: RLConfig) -> Callable[[nemotron.Nemotron, Rows], Poli
 # How often a prompt is answered right is measured first; data/curriculum.py plans all batches from that.
 
 def profile(model: nemotron.Nemotron, engine: RolloutEngine, tokenizer: Tokenizer, config: RLConfig) -> list[tuple[tasks.Task, float]]:
-    """(question, pass rate under the present weights) of the training split, at config.level and at the easier ones."""
-    asked, n = config.questions(config.profile[0], "train"), config.profile[1]
-    found, some, draw = [], config.rows // n + 1, Draw(engine, tokenizer, [], n, config.sampling, nvfp4.draw_seed_for(config.seed, 1))
-    pieces = [asked[i:i + some] for i in range(0, len(asked), some)]
-    draw.plan = [[(task, "regular") for task in piece] for piece in pieces]
-    for i, piece in enumerate(tqdm(pieces, desc="pass rates", unit="batch")):
-        scores = [x.score for x in draw(model, i, 0)]
-        found += [(task, sum(scores[j * n:j * n + n]) / n) for j, task in enumerate(piece)]
-    return found
+    """(question, pass rate under the present weights) of the training split: a few of every level up to config.level, then many of those to learn."""
+    few, n = config.profile
+    draw = Draw(engine, tokenizer, [], n, config.sampling, nvfp4.draw_seed_for(config.seed, 1))
+
+    def ask(some: list[tasks.Task]) -> list[float]:
+        draw.plan.append([(task, "regular") for task in some])
+        return [x.score for x in draw(model, len(draw.plan) - 1, 0)]
+
+    found = curriculum.pass_rates(ask, config.questions(few, "train"), n, config.rows)
+    more = (tasks.draw(family, level, config.pool, config.seed, "train", at_most=True)[few:]
+            for (_, family), level in curriculum.levels_to_learn(found, config.band).items())
+    return found + curriculum.pass_rates(ask, [task for some in more for task in some], n, config.rows)
 
 
 # %% 6 · Learner and worker  [Ultra, RLVR; RL, async GRPO]
@@ -555,14 +561,6 @@ def reinforce(config: RLConfig, base: Path, engine: RolloutEngine = sampled) -> 
 # frozen student answers each of them a few times, one turn and no more, and a verifier compares what it does with what the expert did. Turns that
 # it always or never gets right teach nothing (71 % of them, says the paper). GRPO runs on the rest, a turn at a time.
 
-def pivot_turns(rewards_hk: Tensor, below: float) -> Tensor:
-    """Which turns are worth training, bool [h]: those whose k rollouts do not all earn the same, and earn less than `below` in the mean.
-
-    0 0 0 0 no (never right)   1 1 1 1 no (always)   1 0 0 1 yes for below 0.8   1 1 1 0 (mean 0.75) yes for 0.8, no for 0.7
-    """
-    return (rewards_hk.var(1, unbiased=False) > 0) & (rewards_hk.mean(1) < below)
-
-
 class PivotDraw(Draw):
     """A Draw whose plan holds pivots: step -> `answers` single turns at each of them. No tool runs, and the reward is the verifier's word."""
     def __call__(self, model: nemotron.Nemotron, step: int, version: int) -> list[Rollout]:
@@ -657,11 +655,12 @@ def train_teacher(domain: str, base: Path, config: RLConfig, m: MOPDConfig, mark
     return reinforce(own, base, engine)
 
 
-def train_teachers(base: Path, earlier: dict[str, Path], config: RLConfig, m: MOPDConfig, mark: str = "") -> dict[str, Path]:
+def train_teachers(base: Path, earlier: dict[str, Path], config: RLConfig, m: MOPDConfig, mark: str = "",
+                   engine: RolloutEngine = sampled) -> dict[str, Path]:
     """domain -> checkpoint, those of an earlier round where nothing is left to learn. ValueError when no domain has any."""
     teachers = dict(earlier)
     for domain in m.teachers:
-        try: teachers[domain] = train_teacher(domain, base, config, m, mark)
+        try: teachers[domain] = train_teacher(domain, base, config, m, mark, engine)
         except NothingToLearn as error: print(f"no new teacher of {domain}: {error}")
     if not teachers: raise ValueError(f"none of {', '.join(m.teachers)} has a teacher: choose other --mopd.teachers or a better checkpoint.")
     return teachers
@@ -971,17 +970,18 @@ def main(config: RLConfig) -> None:
     began, m = time.perf_counter(), config.mopd
     nvfp4.writable_folder(config.out)
     base = find_base(config)
-    student = reinforce(config, base)
+    engine = sampled if config.rollout_engine == "sampled" else importlib.import_module("08_infer").rollout_engine(draft=3)      # ours: 3
+    student = reinforce(config, base, engine)
     asked = {domain: questions_of(domain, m.held_out, config, config.seed, "held_out") for domain in domains_of(config)}
     scores, teachers = dict(SFT=score(base, asked, config), RLVR=score(student, asked, config)), {}
     for turn, mark in enumerate(["", *(f"-{i}" for i in range(2, m.rounds + 1))], 1):
-        teachers = train_teachers(student, teachers, config, m, mark)
+        teachers = train_teachers(student, teachers, config, m, mark, engine)
         # ours: where nobody teaches, the student of RLVR does; without it such domains fell (arithmetic, 10 to 0 %)
         every = dict.fromkeys(asked, student) | teachers
-        student = distil(warm_up(student, teachers, config, m, mark), every, config, m, mark)
+        student = distil(warm_up(student, teachers, config, m, mark, engine), every, config, m, mark, engine)
         scores[f"MOPD{turn}"] = score(student, asked, config)
     scores["teacher"] = {domain: score(folder, {domain: asked[domain]}, config)[domain] for domain, folder in teachers.items()}
-    boosted = boost_mtp(student, config, m)
+    boosted = boost_mtp(student, config, m, engine)
     drafts = measure_drafts(dict(before=student, after=boosted), config, m)
     recovery = print_recovery(scores)
     nvfp4.print_table(f"tokens a pass of the trunk yields with {m.depths} drafts, and share accepted by place (Ultra: 4.387 to 4.584 tokens greedy, "

@@ -6,7 +6,10 @@ Contents: 1 quotas   2 pools   3 plan
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from random import Random
+
+from tqdm import tqdm
 
 from data.tasks import Task
 
@@ -51,27 +54,49 @@ class NothingToLearn(ValueError):
     """No prompt, or no turn, is answered right sometimes and sometimes not."""
 
 
+Found = list[tuple[Task, float]]                # prompts and their pass rates
 Pools = dict[str, dict[float, list[Task]]]      # domain -> pass rate -> prompts
 
 
-def make_pools(found: list[tuple[Task, float]], band: tuple[float, float]) -> tuple[Pools, list[list]]:
+def by_level(found: Found) -> dict[tuple[str, str, int], Found]:
+    """By domain, family and level."""
+    groups: dict[tuple[str, str, int], Found] = {}
+    for task, rate in found: groups.setdefault((task.domain, task.family, task.level), []).append((task, rate))
+    return groups
+
+
+def pass_rates(ask: Callable[[list[Task]], list[float]], asked: list[Task], answers: int, rows: int) -> Found:
+    """How often each prompt is answered right, measured in pieces of about `rows` answers. ask: prompts -> scores, `answers` of each in a row."""
+    found, some = [], rows // answers + 1
+    for start in tqdm(range(0, len(asked), some), desc="pass rates", unit="batch"):
+        scores = ask(piece := asked[start:start + some])
+        found += [(task, sum(scores[i * answers:(i + 1) * answers]) / answers) for i, task in enumerate(piece)]
+    return found
+
+
+def mean_rate(found: Found) -> float: return sum(rate for _, rate in found) / len(found)
+
+
+def levels_to_learn(found: Found, band: tuple[float, float]) -> dict[tuple[str, str], int]:
+    """(domain, family) -> its highest level whose mean pass rate lies in `band`, with some prompt that is solved now and then."""
+    fits = [key for key, mine in by_level(found).items() if band[0] <= mean_rate(mine) <= band[1] and any(0 < rate < 1 for _, rate in mine)]
+    return {key[:2]: key[2] for key in sorted(fits)}
+
+
+def make_pools(found: Found, band: tuple[float, float]) -> tuple[Pools, list[list]]:
     """(pools, a table row for each family and level: name, domain, prompts, mean pass rate, shares never and always solved, prompts used).
 
     Prompts that are always or never solved leave. A family's level is used when its mean pass rate lies in `band`, the highest such level; a domain
     without any takes all that are left. NothingToLearn when none are.
     """
-    groups: dict[tuple, list[tuple[Task, float]]] = {}
-    for task, rate in found: groups.setdefault((task.domain, task.family, task.level), []).append((task, rate))
-    mean = {key: sum(rate for _, rate in mine) / len(mine) for key, mine in groups.items()}
-    useful = {key: [(task, rate) for task, rate in mine if 0 < rate < 1] for key, mine in groups.items()}
-    fits = {key[:2]: key for key in groups if band[0] <= mean[key] <= band[1] and useful[key]}      # levels ascend: the last one stays
-    domains, pools, table = {domain for domain, _ in fits}, {}, []
-    for key, mine in groups.items():
-        used = fits.get(key[:2]) == key if key[0] in domains else bool(useful[key])
-        for task, rate in useful[key] if used else (): pools.setdefault(key[0], {}).setdefault(rate, []).append(task)
+    groups, fits, pools, table = by_level(found), levels_to_learn(found, band), {}, []
+    for (domain, family, level), mine in groups.items():
+        used = fits[domain, family] == level if (domain, family) in fits else domain not in {d for d, _ in fits}
+        left = [(task, rate) for task, rate in mine if 0 < rate < 1] if used else []
+        for task, rate in left: pools.setdefault(domain, {}).setdefault(rate, []).append(task)
         never, always = (sum(rate == end for _, rate in mine) / len(mine) for end in (0, 1))
-        table.append([f"{key[1]}, level {key[2]}", key[0], len(mine), *(f"{x:.0%}" for x in (mean[key], never, always)),
-                      len(useful[key]) if used else "-"])
+        shares = [f"{x:.0%}" for x in (mean_rate(mine), never, always)]
+        table.append([f"{family}, level {level}", domain, len(mine), *shares, len(left) if used else "-"])
     if not pools: raise NothingToLearn("no prompt is solved sometimes: begin with a better checkpoint, or profile more prompts.")
     return pools, table
 

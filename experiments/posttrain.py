@@ -116,20 +116,21 @@ class Config:
     max_tokens: int = 192                # most tokens a turn may have, ours: the longest worked turn up to level 2 has 187
 
     rl_steps: int = 80                   # ours; Ultra about 180
-    rl_prompts: int = 32                 # a step, ours; Ultra 512
+    rl_prompts: int = 128                # a step, ours; Ultra 512. On a GPU their answers take hardly longer than those of 32
     rl_answers: int = 16                 # a prompt  [Ultra]
     rl_lr: float = 2e-4                  # ours: stage 07's
-    rl_pieces: int = 2                   # that a batch is learnt in, ours
-    profile: tuple[int, int] = (128, 4)  # questions a family and level whose pass rate is measured, and answers to each, ours: of 32 a few were left
+    rl_pieces: int = 8                   # that a batch is learnt in, ours
+    profile: tuple[int, int] = (48, 4)   # questions a family and level whose pass rate is measured, and answers to each, ours
+    pool: int = 1000                     # questions of each level that is used, ours: 588 in all, each asked four times, were learnt by heart
     band: tuple[float, float] = (0.1, 0.7)               # mean pass rate of a family's level to be used, as in stage 07
     more_lr: float = 5e-4                # peak of the controls, ours: a third of the SFT's
     first_steps: int = 20                # of a control: its warmup, in which the seconds of a step are measured, ours
 
     teachers: tuple[str, ...] = ("numbers", "strings", "tools", "logic")
     teacher_steps: int = 16              # of RL a teacher, ours
-    teacher_prompts: int = 16            # a step, with rl_answers answers each, ours
+    teacher_prompts: int = 64            # a step, with rl_answers answers each, ours
     teacher_sft: int = 1200              # steps of SFT of the kind of teacher that begins with it, ours: 1.2M tokens
-    pivot: tuple[int, int] = (150, 8)    # worked tool conversations that are cut, rollouts of each turn, ours
+    pivot: tuple[int, int] = (600, 8)    # worked tool conversations that are cut, rollouts of each turn, ours
     warmup: tuple[int, int] = (256, 100) # questions a teacher, steps of SFT, ours
     mopd_steps: int = 24                 # a round, ours; Nemotron-Cascade 2: 40 to 52
     mopd_prompts: int = 512              # a step, ours; Ultra 1,024
@@ -169,7 +170,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
 # ours: sizes for a CPU, families whose answers a model that can do little else gives now and then, so that there is something to reinforce
 SMALL = dict(model="micro", level=1, families=("gcd", "count_bits", "letter_counting", "shop"), megabytes=0.4, base_tokens=100_000, base_batch=4,
              base_seq=128, rows=256, held_out=24, sft_tokens=60_000, sft_steps=(240, 20), sft_pack=(384, 512), sft_batch=(2, 1), sft_lr=(4e-3, 5e-4),
-             max_tokens=48, rl_steps=3, rl_prompts=4, rl_answers=4, rl_pieces=1, profile=(8, 4), band=(0.01, 0.99), first_steps=3,
+             max_tokens=48, rl_steps=3, rl_prompts=4, rl_answers=4, rl_pieces=1, profile=(8, 4), pool=12, band=(0.01, 0.99), first_steps=3,
              teachers=("numbers", "strings", "tools"), teacher_steps=2, teacher_prompts=2, teacher_sft=4, pivot=(6, 4), warmup=(8, 2), mopd_steps=2,
              mopd_prompts=8, boost=(4, 2, 256), boost_rollouts=16, depths=3, drafts=12, tried=4, sync=True)
 
@@ -336,7 +337,7 @@ class Run:
         """Stage 07's settings; all that it writes lies in the phase's folder, and what it finds there it goes on with."""
         c = self.config
         own = dict(out=self.home / phase, families=c.families, level=c.level, steps=c.rl_steps, prompts=c.rl_prompts, answers=c.rl_answers,
-                   max_tokens=c.max_tokens, lr=c.rl_lr, sync=c.sync, profile=c.profile, band=c.band, effort=(0.1, c.max_tokens // 3),
+                   max_tokens=c.max_tokens, lr=c.rl_lr, sync=c.sync, profile=c.profile, pool=c.pool, band=c.band, effort=(0.1, c.max_tokens // 3),
                    micro_batches=c.rl_pieces, rows=c.rows, device=c.device, seed=self.seed, eval_every=max(c.rl_steps // 3, 1), save_every=20,
                    resume=True, mopd=self.mopd)
         return rl.RLConfig(**own | changes)
@@ -710,6 +711,8 @@ def side_by_side(commands: dict[str, list[str]], home: Path, gpus: int = 0) -> l
 
 def run_seeds(asked: Config, began: float) -> None:
     config, deadline = sized(asked), began + 60 * asked.minutes
+    # NOTE: caches that grow by a token a step leave holes of every size: five processes filled 140 GB. Segments that grow have none
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if config.device == "cuda" and not torch.cuda.is_available(): raise ValueError("--device cuda: this torch sees no GPU; leave it out.")
     if not config.full: print("the machinery at a small size: what comes out is no result. --full measures.\n")
     print("held-out questions: " + ", ".join(f"{domain} {len(some):,}{'' if len(some) == config.held_out else ' (there are no more)'}"

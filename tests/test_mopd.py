@@ -599,7 +599,7 @@ def test_boosting_moves_the_head_and_nothing_else(tmp_path, tokenizer, config):
 def test_a_domain_with_nothing_to_learn_keeps_its_earlier_teacher(monkeypatch, config):
     """A run of hours must not end because one domain is solved; another error must end it."""
     words = dict(numbers=stage.NothingToLearn("all solved"), tools=None)
-    def train(domain, base, config, m, mark):
+    def train(domain, base, config, m, mark, engine):
         if words[domain]: raise words[domain]
         return f"{base}/{domain}{mark}"
     monkeypatch.setattr(stage, "train_teacher", train)

@@ -1,5 +1,6 @@
 """Stage 07, reinforcement learning: formulas by hand, masks by token id, log-probabilities that belong to their tokens, one process equal to two,
 workers that die, and a policy that learns."""
+import collections
 import importlib
 import itertools
 import json
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -167,6 +169,32 @@ def test_pools_hold_what_is_solved_sometimes_from_the_hardest_level_in_the_band(
     assert names == {"d1": {0.5: ["f11"], 0.25: ["f12"]}, "d2": {0.8: ["h0"]}}
     assert ["f, level 1", "d1", 3, "25%", "33%", "0%", 2] in table and ["f, level 0", "d1", 3, "58%", "0%", "33%", "-"] in table
     with pytest.raises(stage.NothingToLearn, match="no prompt is solved sometimes"): stage.make_pools(found[-1:], (0.1, 0.7))
+
+
+def test_many_questions_are_asked_of_the_levels_worth_learning_and_few_of_the_others(tokenizer, monkeypatch):
+    """Forty prompts asked four times each would be learnt by heart; and a question that was measured twice would count twice."""
+    rates = {("f", 0): 1.0, ("f", 1): 0.5, ("f", 2): 0.25, ("g", 0): 0.75, ("g", 1): 0.0}      # f is learnt at level 2, g nowhere
+    asked = []
+
+    class Machine:
+        max_turns = levels = 3
+        def sample(self, level, rng): return tasks.Task(self.name, "d", level, f"{self.name} {level} {rng.randrange(10**6)}", "x", {})
+        def __init__(self, name): self.name = name
+
+    def scripted(draw, model, step, version):
+        asked.append([task for task, _ in draw.plan[step]])
+        right = lambda task, i: i < rates[task.family, task.level] * draw.answers
+        return [types.SimpleNamespace(score=float(right(task, i))) for task, _ in draw.plan[step] for i in range(draw.answers)]
+
+    monkeypatch.setattr(tasks, "ENVIRONMENTS", {"f": Machine("f"), "g": Machine("g")})
+    monkeypatch.setattr(stage.RLConfig, "questions", lambda self, n, split: [
+        task for name, level in rates for task in tasks.draw(name, level, n, self.seed, split)])
+    monkeypatch.setattr(stage.Draw, "__call__", scripted)
+    found = stage.profile(None, None, tokenizer, stage.RLConfig(profile=(8, 4), pool=50, rows=40))
+    counts = collections.Counter((task.family, task.level) for task, _ in found)
+    assert counts == {("f", 0): 8, ("f", 1): 8, ("f", 2): 50, ("g", 0): 8, ("g", 1): 8}
+    assert all(rate == rates[task.family, task.level] for task, rate in found) and len({task.prompt for task, _ in found}) == len(found) == 82
+    assert max(map(len, asked)) == 11 and sum(map(len, asked)) == 82      # pieces of about 40 answers
 
 
 def test_a_plan_gives_every_domain_its_turn_and_begins_prompts_anew():

@@ -7,6 +7,8 @@ from __future__ import annotations
 import json
 from typing import NamedTuple
 
+from torch import Tensor
+
 from data.tasks import ENVIRONMENTS, Task, parse_completion
 
 
@@ -35,3 +37,11 @@ def verify_turn(pivot: Pivot, text: str) -> float:
     thinking = pivot.mode != "off"      # a turn that does not parse has no calls and no score
     if calls := pivot.action.get("tool_calls"): return float(same_calls(parse_completion(text, thinking).tool_calls, calls))
     return ENVIRONMENTS[pivot.task.family].score(pivot.task, text, thinking)
+
+
+def pivot_turns(rewards_hk: Tensor, below: float) -> Tensor:
+    """Which turns are worth training, bool [h]: those whose k rollouts do not all earn the same, and earn less than `below` in the mean.
+
+    0 0 0 0 no (never right)   1 1 1 1 no (always)   1 0 0 1 yes for below 0.8   1 1 1 0 (mean 0.75) yes for 0.8, no for 0.7
+    """
+    return (rewards_hk.var(1, unbiased=False) > 0) & (rewards_hk.mean(1) < below)
