@@ -141,6 +141,12 @@ def test_quantized_checkpoints_are_opened_as_such(run, tmp_path, capsys):
     assert not list(moe.packed_modules(infer.open_model(run, "cpu")[0])) and len(tokenizer) == len(Tokenizer.load(tail(run)))
     infer.main(infer.GenerateConfig(model=tmp_path / "q", device="cpu", prompt="x", sampling=SamplingParams(max_tokens=4, stop_ids=())))
     assert "[4 tokens" in capsys.readouterr().out
+    # either file says it: some exports have only the one, some only the other
+    (tmp_path / "q" / "config.json").write_text((tail(run) / "config.json").read_text())
+    assert infer.is_quantized(tmp_path / "q") and not infer.is_quantized(tail(run))
+    (tmp_path / "q" / "config.json").write_text(json.dumps(dict(quantization_config={})))
+    (tmp_path / "q" / "hf_quant_config.json").unlink()
+    assert infer.is_quantized(tmp_path / "q")
 
 
 def test_errors_of_the_commands_are_one_sentence(run, tmp_path):
@@ -196,6 +202,7 @@ def test_a_measured_speed_counts_tokens_passes_and_seconds(run, monkeypatch):
     timed = windows[windows.index(2, 1):] if 2 in windows[1:] else windows          # behind the warm-up: its prompt of two tokens, then windows
     passes = sum(w == 3 for w in timed)
     assert len(speed.answers[0]) == 61 and abs(speed.tokens_per_pass - 61 / passes) <= 3 / passes
+    assert abs(speed.kept[0] * passes - round(speed.kept[0] * passes)) < 1e-6      # a share of the timed windows, the warm-up's not among them
     assert speed.tokens_per_s < 61 / (0.01 * passes)
     assert serving.Speed(1.0, [0.5, 0.5, 0.2], []).tokens_per_pass == pytest.approx(1 + 0.5 + 0.25 + 0.05)
 
