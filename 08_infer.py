@@ -905,7 +905,7 @@ def quantize_command(config: QuantizeConfig) -> dict | None:
         with torch.device("meta"): model = nemotron.Nemotron(nemotron.preset(config.preset))
         return print_shares(f"preset {config.preset}, from its shapes", count_bits(nemotron.released_tensors(model), recipe))
     if config.tokens < 1: raise ValueError(f"--tokens {config.tokens}: calibration needs at least one.")
-    base = newest(config.base)
+    base = pretrain.newest_checkpoint(config.base) if pretrain.checkpoints(config.base) else config.base
     read_config(base, quantized=False)
     nvfp4.writable_folder(config.out.parent)
     tokenizer, model = Tokenizer.load(base), nemotron.load_checkpoint(base)
