@@ -62,7 +62,7 @@ class MOPDConfig:
     rounds: int = 1                  # of teachers and distillation, each round's teachers branched from the last student, ours; Ultra 2
     teacher_steps: int = 16          # of RL a teacher, ours
     teacher_prompts: int = 4         # a step, ours; Ultra 128, 32 for software engineering  [RL]
-    teacher_lr: float = 2e-4         # ours; Ultra 2.5e-6 to 3e-6  [RL]
+    teacher_lr: float = 1e-4         # ours; Ultra 2.5e-6 to 3e-6  [RL]
     teacher_sft: int = 60            # steps of fine-tuning in the pipeline that begins with it, ours
     pivot: tuple[int, int] = (10, 8)      # worked conversations that are cut, ours; local rollouts of each turn  [PivotRL: at least 8]
     pivot_below: float = 0.9         # a turn worth training earns less in the mean, ours: the paper's bound is not known
@@ -104,7 +104,7 @@ class RLConfig:
     prompts: int = 8                 # a step, ours; Ultra 512
     answers: int = 8                 # a prompt, ours; Ultra 16
     max_tokens: int = 96             # most tokens a turn may have, ours; Ultra 48K, then 64K for a whole conversation
-    lr: float = 2e-4                 # constant, ours; Ultra 4e-6
+    lr: float = 1e-4                 # constant, ours; Ultra 4e-6
     warmup_steps: int = 10           # from lr / 10  [RL: 4e-7 to 4e-6]
     rollout_engine: Literal["sampled", "speculative"] = "sampled"      # stage 04's generate, or stage 08's engine with drafts
     sync: bool = False               # draw and learn in turns, in one process
@@ -118,7 +118,7 @@ class RLConfig:
     effort: tuple[float, int] = (0.1, 32)         # their largest bonus, and tokens from which on length costs, ours: 32 of 96; Ultra 15,000 of 49,152
     overlong_filter: bool = False    # leave answers out that were cut at max_tokens  [Ultra: no; Nano: yes]
     profile: tuple[int, int] = (32, 4)            # questions a family and level whose pass rate is measured first, and answers to each, ours
-    pool: int = 128                  # questions of each level that is used, ours: few of them, asked often, are learnt by heart
+    pool: int = 96                   # questions of each level that is used, ours: few of them, asked often, are learnt by heart
     rows: int = 256                  # answers drawn at once for that, about, ours; a GPU takes as long for 2,048
     band: tuple[float, float] = (0.1, 0.7)        # mean pass rate that a family's level must have to be used, ours
     curriculum: tuple[float, float, float] = (0.7, 0.3, 0.15)      # mean pass rate at the start, at the end, and width, ours: the report has words
@@ -423,7 +423,7 @@ def profile(model: nemotron.Nemotron, engine: RolloutEngine, tokenizer: Tokenize
 
     found = curriculum.pass_rates(ask, config.questions(few, "train"), n, config.rows)
     more = (tasks.draw(family, level, config.pool, config.seed, "train", at_most=True)[few:]
-            for (_, family), level in curriculum.levels_to_learn(found, config.band).items())
+            for _, family, level in curriculum.levels_to_learn(found, config.band))
     return found + curriculum.pass_rates(ask, [task for some in more for task in some], n, config.rows)
 
 

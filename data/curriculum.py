@@ -77,21 +77,22 @@ def pass_rates(ask: Callable[[list[Task]], list[float]], asked: list[Task], answ
 def mean_rate(found: Found) -> float: return sum(rate for _, rate in found) / len(found)
 
 
-def levels_to_learn(found: Found, band: tuple[float, float]) -> dict[tuple[str, str], int]:
-    """(domain, family) -> its highest level whose mean pass rate lies in `band`, with some prompt that is solved now and then."""
-    fits = [key for key, mine in by_level(found).items() if band[0] <= mean_rate(mine) <= band[1] and any(0 < rate < 1 for _, rate in mine)]
-    return {key[:2]: key[2] for key in sorted(fits)}
+def levels_to_learn(found: Found, band: tuple[float, float]) -> list[tuple[str, str, int]]:
+    """(domain, family, level): of each family the highest level whose mean pass rate lies in `band`, with some prompt that is solved now and then,
+    and the easier ones, ours: with the hardest alone, what was known before was forgotten."""
+    groups = by_level(found)
+    fits = [key for key, mine in groups.items() if band[0] <= mean_rate(mine) <= band[1] and any(0 < rate < 1 for _, rate in mine)]
+    return [key for key in groups if any(key[:2] == other[:2] and key[2] <= other[2] for other in fits)]
 
 
 def make_pools(found: Found, band: tuple[float, float]) -> tuple[Pools, list[list]]:
     """(pools, a table row for each family and level: name, domain, prompts, mean pass rate, shares never and always solved, prompts used).
 
-    Prompts that are always or never solved leave. A family's level is used when its mean pass rate lies in `band`, the highest such level; a domain
-    without any takes all that are left. NothingToLearn when none are.
+    Prompts that are always or never solved leave. Used are levels_to_learn; a domain without any takes all that are left. NothingToLearn if none are.
     """
     groups, fits, pools, table = by_level(found), levels_to_learn(found, band), {}, []
     for (domain, family, level), mine in groups.items():
-        used = fits[domain, family] == level if (domain, family) in fits else domain not in {d for d, _ in fits}
+        used = (domain, family, level) in fits or domain not in {d for d, *_ in fits}
         left = [(task, rate) for task, rate in mine if 0 < rate < 1] if used else []
         for task, rate in left: pools.setdefault(domain, {}).setdefault(rate, []).append(task)
         never, always = (sum(rate == end for _, rate in mine) / len(mine) for end in (0, 1))

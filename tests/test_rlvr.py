@@ -158,22 +158,25 @@ def test_an_empty_bin_is_refilled_from_the_fullest_and_an_empty_domain_is_said()
 def question(family, domain, level, name): return tasks.Task(family, domain, level, name, "", {})
 
 
-def test_pools_hold_what_is_solved_sometimes_from_the_hardest_level_in_the_band():
+def test_pools_hold_what_is_solved_sometimes_up_to_the_hardest_level_in_the_band():
     found = [(question("f", "d1", level, f"f{level}{i}"), rate) for level, rates in ((0, (0.5, 1.0, 0.25)), (1, (0.0, 0.5, 0.25)), (2, (0, 0, 0.125)))
              for i, rate in enumerate(rates)]
     found += [(question("g", "d1", 0, "g0"), 0.75), (question("h", "d2", 0, "h0"), 0.8), (question("h", "d2", 0, "h1"), 1.0),
               (question("k", "d3", 0, "k0"), 0.0)]
     pools, table = stage.make_pools(found, (0.1, 0.7))
     names = {domain: {rate: [task.prompt for task in group] for rate, group in bins.items()} for domain, bins in pools.items()}
-    # f: level 0 (mean .58) and 1 (.25) lie in the band, 1 is taken; g (.75) does not, and d1 has f. d2 has nothing in the band: what is left of it
-    assert names == {"d1": {0.5: ["f11"], 0.25: ["f12"]}, "d2": {0.8: ["h0"]}}
-    assert ["f, level 1", "d1", 3, "25%", "33%", "0%", 2] in table and ["f, level 0", "d1", 3, "58%", "0%", "33%", "-"] in table
+    # f: level 1 (mean .25) is the highest in the band, 0 comes with it, 2 (.04) does not; g (.75) is above, and d1 has f. d2 has nothing in the band:
+    # what is left of it
+    assert names == {"d1": {0.5: ["f00", "f11"], 0.25: ["f02", "f12"]}, "d2": {0.8: ["h0"]}}
+    assert ["f, level 1", "d1", 3, "25%", "33%", "0%", 2] in table and ["f, level 2", "d1", 3, "4%", "67%", "0%", "-"] in table
+    easy = [(question("e", "d", 0, "e0"), 0.9), (question("e", "d", 1, "e1"), 0.5)]       # a level above the band comes with a harder one in it
+    assert stage.make_pools(easy, (0.1, 0.7))[0] == {"d": {0.9: [easy[0][0]], 0.5: [easy[1][0]]}}
     with pytest.raises(stage.NothingToLearn, match="no prompt is solved sometimes"): stage.make_pools(found[-1:], (0.1, 0.7))
 
 
 def test_many_questions_are_asked_of_the_levels_worth_learning_and_few_of_the_others(tokenizer, monkeypatch):
     """Forty prompts asked four times each would be learnt by heart; and a question that was measured twice would count twice."""
-    rates = {("f", 0): 1.0, ("f", 1): 0.5, ("f", 2): 0.25, ("g", 0): 0.75, ("g", 1): 0.0}      # f is learnt at level 2, g nowhere
+    rates = {("f", 0): 1.0, ("f", 1): 0.5, ("f", 2): 0.0, ("g", 0): 0.75, ("g", 1): 0.0}      # f is learnt up to level 1, g nowhere
     asked = []
 
     class Machine:
@@ -192,9 +195,9 @@ def test_many_questions_are_asked_of_the_levels_worth_learning_and_few_of_the_ot
     monkeypatch.setattr(stage.Draw, "__call__", scripted)
     found = stage.profile(None, None, tokenizer, stage.RLConfig(profile=(8, 4), pool=50, rows=40))
     counts = collections.Counter((task.family, task.level) for task, _ in found)
-    assert counts == {("f", 0): 8, ("f", 1): 8, ("f", 2): 50, ("g", 0): 8, ("g", 1): 8}
-    assert all(rate == rates[task.family, task.level] for task, rate in found) and len({task.prompt for task, _ in found}) == len(found) == 82
-    assert max(map(len, asked)) == 11 and sum(map(len, asked)) == 82      # pieces of about 40 answers
+    assert counts == {("f", 0): 50, ("f", 1): 50, ("f", 2): 8, ("g", 0): 8, ("g", 1): 8}
+    assert all(rate == rates[task.family, task.level] for task, rate in found) and len({task.prompt for task, _ in found}) == len(found) == 124
+    assert max(map(len, asked)) == 11 and sum(map(len, asked)) == 124      # pieces of about 40 answers
 
 
 def test_a_plan_gives_every_domain_its_turn_and_begins_prompts_anew():
