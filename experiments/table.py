@@ -122,12 +122,42 @@ def summary() -> None:
     print("\nfigures: " + "\n         ".join(figures))
 
 
+def percent(x: float, digits: int = 1) -> str: return f"{100 * x:+.{digits}f} %".replace("-", "−")
+
+
+def claims_of_posttraining(rows: list[dict]) -> list[tuple]:
+    """The newest full run's differences over all held-out questions."""
+    runs = (row for row in rows if row["stage"] == "posttrain" and row["what"] == "comparison" and row["full"])
+    found = {row["name"]: row for row in runs if row["domain"] == "all"}
+    wanted = {"RLVR - SFT": "RLVR against the SFT that it starts from", "RLVR - more SFT of equal time": "RLVR against more SFT of equal wall time",
+              "MOPD round 2 - RLVR": "two rounds of distillation against RLVR"}
+    span = lambda row: f"95 % {row['low']:+.1f} to {row['high']:+.1f}; seeds " + ", ".join(f"{x:+.1f}" for x in row["by_seed"])
+    ours = lambda row: f"{row['mean']:+.1f} points ({span(row)}), {row['n']:,} questions, 17M parameters".replace("-", "−")
+    return [(f"{claim}, exact answers", "no such control", ours(found[name]), "experiments/posttrain.py --full")
+            for name, claim in wanted.items() if name in found]
+
+
+def claims_of_inference(rows: list[dict]) -> list[tuple]:
+    """Rounded states, and layers chosen by AutoQuantize."""
+    lines, states, bits = [], newest(rows, "ssm_states", what="constant inputs"), newest(rows, "autoquantize")
+    if states:
+        ours = ", ".join(f"{name} {percent(states['by_format'][key]['bias'], 2)}" for name, key in (("nearest", "fp16"), ("stochastic", "fp16_sr")))
+        lines.append((f"SSM states in fp16: bias after {states['steps']:,} constant inputs (published: accuracy lost)",
+                      "2.32 % nearest, −0.32 % stochastic (Ultra)", ours, "experiments/ssm_states.py"))
+    if bits:
+        table = bits["curves"]["Ultra's table"][0]
+        ours = min(bits["curves"]["by KL"], key=lambda x: abs(x["bits"] - table["bits"]))
+        lines.append(("KL to 16 bits: formats chosen by AutoQuantize against those of Ultra's table at as many bits", "not published",
+                      f"{ours['kl']:.1e} against {table['kl']:.1e} nats a token at {ours['bits']:.2f} and {table['bits']:.2f} bits (`tiny`)",
+                      "experiments/autoquantize.py"))
+    return lines
+
+
 def table_claims(rows: list[dict]) -> str:
     """Claim, the published number, ours, and the command that made ours."""
     one, two, five = (newest(rows, stage) for stage in ("01_nvfp4", "02_mamba", "05_pretrain"))
     ultra = newest(rows, "04_model", preset="ultra")
     off, on = newest(rows, "03_latentmoe", run="loss 1e-4 only"), newest(rows, "03_latentmoe", run="loss 1e-4 and bias 1e-3")
-    percent = lambda x, digits=1: f"{100 * x:+.{digits}f} %".replace("-", "−")
     lines = [
         ("parameters of Ultra: total / active / MTP head", "549.3B / 54.99B / 11.22B",
          " / ".join(f"{ultra[k] / 1e9:.{digits}f}B" for k, digits in (("total", 1), ("active", 2), ("mtp", 2))), "04_model.py --preset ultra"),
@@ -172,6 +202,7 @@ def table_claims(rows: list[dict]) -> str:
         ours = ", ".join(f"{post['drafts'][f'before {way}']:.2f} to {post['drafts'][f'after {way}']:.2f} {way}" for way in ("greedy", "sampled"))
         lines.append(("tokens a pass of the trunk yields with 7 drafts of the MTP head, before and after boosting",
                       "4.39 to 4.58 greedy, 4.17 to 4.33 sampled (Ultra)", f"{ours} (`tiny`, one run)", "07_rlvr_mopd.py"))
+    lines += claims_of_posttraining(rows) + claims_of_inference(rows)
     head = "| claim | published | here | command |\n|---|---|---|---|\n"
     return head + "\n".join(f"| {claim} | {published} | {ours} | `{command}` |" for claim, published, ours, command in lines)
 
