@@ -118,7 +118,7 @@ class RLConfig:
     effort: tuple[float, int] = (0.1, 32)         # their largest bonus, and tokens from which on length costs, ours: 32 of 96; Ultra 15,000 of 49,152
     overlong_filter: bool = False    # leave answers out that were cut at max_tokens  [Ultra: no; Nano: yes]
     profile: tuple[int, int] = (32, 4)            # questions a family and level whose pass rate is measured first, and answers to each, ours
-    pool: int = 96                   # questions of each level that is used, ours: few of them, asked often, are learnt by heart
+    pool: int = 64                   # questions of each level that is used, ours: few of them, asked often, are learnt by heart
     rows: int = 256                  # answers drawn at once for that, about, ours; a GPU takes as long for 2,048
     band: tuple[float, float] = (0.1, 0.7)        # mean pass rate that a family's level must have to be used, ours
     curriculum: tuple[float, float, float] = (0.7, 0.3, 0.15)      # mean pass rate at the start, at the end, and width, ours: the report has words
