@@ -1,7 +1,6 @@
 """08 · Inference: a trained checkpoint in 4 and 8 bits, caches in slots, continuous batching, drafts that are verified and rolled back, budgets.
 
-Left out:  a prefix cache, trees of drafts, several devices, FP8 tensor cores (on a GPU the FP8 layers multiply in 16 bits), AWQ, quantization-aware
-           training.
+Left out:  trees of drafts, several devices, FP8 tensor cores (on a GPU the FP8 layers multiply in 16 bits), AWQ, quantization-aware training.
 Sources:   [Ultra] Nemotron 3 Ultra report, arXiv 2606.15007 · [Card] its model card · [ModelOpt] NVIDIA Model-Optimizer: its export, its recipe
            nvfp4-46-max for Ultra · [vLLM] its nemotron_h_mtp and Mamba states · [Replay] TensorRT-LLM and FlashInfer
            [Leviathan] Speculative Decoding, arXiv 2211.17192
@@ -39,6 +38,7 @@ from tqdm import tqdm
 from data import terminal
 from data.batches import Batch
 from data.modelopt import ALGORITHMS, is_quantized, read_config, write_configs, write_shards
+from data.prefixes import Prefixes
 from data.tokenizer import Tokenizer
 
 nvfp4, mamba, moe, nemotron, pretrain, sft = (importlib.import_module(name) for name in (
@@ -626,7 +626,8 @@ class StepGraphs:
 # %% 6 · Engine
 # step(): requests enter free slots, prompts are read in chunks of at most prefill_tokens in all, then every decoding slot gets one window. So a
 # long prompt never stops the others for longer than one chunk. What a request answers depends on its prompt, sampling and place, not on the batch
-# (up to the rounding of products of other shapes; stochastically rounded states depend on slot and step too).
+# (up to the rounding of products of other shapes; stochastically rounded states depend on slot and step too). With a prefix cache passes end at block
+# boundaries, where a slot is copied: keys could be cut anywhere, a state cannot, and a hit needs both.  [vLLM, mamba_cache_mode all]
 
 Reason = Literal["stop_id", "stop", "length", "cache", "cancelled"]
 
@@ -657,14 +658,16 @@ def held_back(text: str, stops: tuple[str, ...]) -> int:
 
 
 class Engine:
-    """Serves requests over a fixed number of slots. Not safe for several threads; on_tokens may call submit and cancel. graphs None: on a GPU."""
+    """Serves requests over a fixed number of slots. Not safe for several threads; on_tokens may call submit and cancel. graphs None: on a GPU.
+    prefix_bytes: of copies behind every prefix_block tokens of a prompt, so that others begin there (0: none). New weights need a new engine."""
     def __init__(self, model: nemotron.Nemotron, slots: int = 8, capacity: int = 2048, draft: int = 0, rollback: Rollback = "snapshot",
                  state_format: str = "fp32", kv_format: str | None = None, prefill_tokens: int = 512, tokenizer=None,
-                 forced: float | None = None, seed: int = 0, graphs: bool | None = None):
+                 forced: float | None = None, seed: int = 0, graphs: bool | None = None, prefix_bytes: int = 0, prefix_block: int = 64):
         if prefill_tokens < 1: raise ValueError(f"prefill_tokens = {prefill_tokens}: a step must read at least one token of a prompt.")
         self.model, self.tokenizer, self.forced, self.prefill_tokens = model, tokenizer, forced, prefill_tokens
         self.caches = SlotCaches(model, slots, capacity, draft, rollback, state_format, kv_format, seed)
         self.queue: deque[Request] = deque(); self.owners: dict[int, Request] = {}      # owners: slot -> request, in the order of admission
+        self.prefixes, self.block = (Prefixes(prefix_bytes, prefix_block), prefix_block) if prefix_bytes else (None, capacity)
         self.done: list[tuple[int, Answer]] = []; self.submitted, self.running = 0, Running(self.caches)
         if graphs and not self.caches.static: raise ValueError("graphs=True: only a GPU records CUDA graphs; use graphs=None or False.")
         self.graphs = StepGraphs(partial(packed_step, self.caches, self.running, forced)) if self.caches.static and graphs is not False else None
@@ -695,7 +698,10 @@ class Engine:
     def step(self) -> list[tuple[int, Answer]]:
         """Admit, prefill, decode once -> (id, answer) of the requests that have ended since the last step."""
         if training := self.model.training: self.model.eval()       # no balance loss to compute
-        try: self.admit(); self.prefill(); self.decode()
+        try:
+            self.admit(); left = self.prefill_tokens
+            while left: left = self.prefill(left)
+            self.decode()
         finally:
             if training: self.model.train()
         done, self.done = self.done, []; return done
@@ -707,25 +713,38 @@ class Engine:
             while not self.idle: out.update(new := self.step()); bar.update(len(new))
         return out
 
+    def left_by(self, slot: int, n: int) -> dict[str, Tensor]:
+        """Views of all that n tokens leave in a slot that has only read so far. The head has n - 1 cells: the n-th needs the token behind."""
+        pools = [(pool, n) for pool in self.caches.layers] + [(pool, n - 1) for pool in self.caches.head_layers]
+        views = [(pool.k_bhsp[slot, :, :m], pool.v_bhsp[slot, :, :m]) if isinstance(pool, KVPool) else
+                 (pool.window_bwc[slot], *(z[slot * self.caches.entries] for z in mamba.parts(pool.state))) for pool, m in pools if pool is not None]
+        return {f"{i}.{j}": z for i, group in enumerate(views) for j, z in enumerate(group)} | dict(hidden=self.running.hidden_bwd[slot, 0])
+
+    @torch.inference_mode()
     def admit(self) -> None:
         """Waiting requests, first come first, into free slots; none free: they wait."""
-        run, free = self.running, [slot for slot in range(self.caches.slots) if slot not in self.owners]
+        caches, run, free = self.caches, self.running, [slot for slot in range(self.caches.slots) if slot not in self.owners]
         while self.queue and free:
             request = self.owners[slot := free.pop(0)] = self.queue.popleft()
             request.slot, request.read, request.tokens = slot, 0, (tokens := [*request.prompt, *request.answer.ids])
-            self.caches.reset(slot)
-            run.ids_bw[slot, 0], run.hidden_bwd[slot, 0], run.new_b[slot], run.made_b[slot] = tokens[-1], 0, request.ready, len(request.answer.ids)
+            caches.reset(slot); run.hidden_bwd[slot, 0] = 0
+            if self.prefixes and (n := self.prefixes.load(tokens[:-1], partial(self.left_by, slot))):
+                request.read = caches.length_b[slot] = n; caches.head_length_b[slot] = n - request.ready
+                if caches.draft:        # the pair that was missing, into the head's n-th cell; where the prompt is read, `propose` feeds it again
+                    slot_r, next_r = torch.tensor([[slot], tokens[n:n + 1]], device=run.new_b.device)
+                    caches.head(next_r[None], run.hidden_bwd[slot_r, :1], caches.rows(slot_r, slot_r * 0 + 1, 1, caches.length_b - 1, seen=n))
+            run.ids_bw[slot, 0], run.new_b[slot], run.made_b[slot] = tokens[-1], request.ready, len(request.answer.ids)
             run.temperature_b[slot], run.top_p_b[slot] = request.sampling.temperature, request.sampling.top_p
             run.dice_b3i[slot, :, :request.dice_3i.shape[1]] = request.dice_3i[:, :run.dice_b3i.shape[2]]
 
     @torch.inference_mode()
-    def prefill(self) -> None:
-        """Reads tokens, oldest request first, up to prefill_tokens in all. Each one's last token is left: decoding begins by reading it."""
-        left, picked = self.prefill_tokens, []
+    def prefill(self, left: int | None = None) -> int:
+        """One pass over up to `left` tokens, oldest request first -> how many may still be read. Each one's last is left: decoding begins with it."""
+        left, picked = left or self.prefill_tokens, []
         for request in self.owners.values():
-            n = min(left, len(request.tokens) - 1 - request.read)
+            n = min(left, len(request.tokens) - 1 - request.read, self.block - request.read % self.block)
             if n: picked.append((request, n)); left -= n
-        if not picked: return
+        if not picked: return 0
         caches, run, device, t = self.caches, self.running, self.caches.length_b.device, max(n for _, n in picked)
         piece = lambda r, n, shift: (r.tokens[r.read + shift:r.read + shift + n] + [0] * t)[:t]
         ids_rt, next_rt = (torch.tensor([piece(r, n, shift) for r, n in picked], device=device) for shift in (0, 1))
@@ -738,6 +757,9 @@ class Engine:
             caches.head_length_b[slot_r] += count_r - last_r
         end_r = torch.arange(len(picked), device=device), count_r - 1
         run.ids_bw[slot_r, 0], run.hidden_bwd[slot_r, 0], run.new_b[slot_r] = next_rt[end_r], h_rtd[end_r], last_r
+        for r in (r for r, _ in picked if self.prefixes and r.read % self.block == 0):
+            self.prefixes.store(r.tokens[:r.read], self.left_by(r.slot, r.read))
+        return left
 
     def decode(self) -> None:
         decoding = [request for request in self.owners.values() if request.ready]
