@@ -90,6 +90,13 @@ def test_the_longest_stored_prefix_is_found_and_the_one_longest_unused_goes():
     assert store.nbytes == 100 and len(store.entries) == 1
 
 
+def test_prefixes_that_end_alike_do_not_displace_each_other():
+    """A hash of the last block alone would still answer right, and keep one of these three."""
+    store, texts = Prefixes(1000, 2), [[9, 9], [1, 2, 9, 9], [3, 4, 9, 9]]
+    for i, ids in enumerate(texts): store.store(ids, {"a": torch.tensor(i)})
+    assert [store.find(ids)[1]["a"].item() for ids in texts] == [0, 1, 2]
+
+
 def test_entries_are_copies_of_their_own_size():
     """A view of a pool would change with it, and keep all of it in memory while a few bytes are counted."""
     store, pool = Prefixes(1000, 1), torch.arange(1000.0).view(10, 2, 50)
