@@ -410,7 +410,7 @@ class SlotCaches:
             cells, cell_b = self.mambas[0].window_bwc.shape[1], rows.start_r % self.mambas[0].window_bwc.shape[1]
             rows = rows._replace(turn=(cell_b, (torch.arange(cells) - 1 - cell_b[:, None]) % cells))
         else: rows = rows._replace(states=self.states_of(rows))
-        x_rtd, blocks = self.model.backbone.embeddings(ids_rt), self.model.backbone.layers
+        x_rtd, blocks = F.embedding(ids_rt, self.model.backbone.embeddings.weight), self.model.backbone.layers
         u_rtd = blocks[0].norm(x_rtd)
         for block, pool, norm in zip(blocks, self.layers, [*(later.norm for later in blocks[1:]), self.model.backbone.norm_f]):
             x_rtd, u_rtd = mamba.add_rmsnorm(x_rtd, self.mix(block, u_rtd, pool, rows), norm.weight, norm.eps)
@@ -420,7 +420,7 @@ class SlotCaches:
         """The MTP head's hiddens [r, t, d], from each place's hidden and the token that came after it."""
         pools = iter(self.head_layers)
         run = lambda block, x_rtd, *_: (x_rtd + self.mix(block, block.norm(x_rtd), next(pools), rows), None)
-        return self.model.mtp(self.model.backbone.embeddings(ids_rt), hidden_rtd, run=run)[0]
+        return self.model.mtp(F.embedding(ids_rt, self.model.backbone.embeddings.weight), hidden_rtd, run=run)[0]
 
     def rows(self, slot_r: Tensor | None, count_r: Tensor, t: int, start_b: Tensor, write: str = "last", seen: int | None = None,
              full: bool = False) -> Rows:
@@ -697,6 +697,7 @@ class Engine:
 
     def step(self) -> list[tuple[int, Answer]]:
         """Admit, prefill, decode once -> (id, answer) of the requests that have ended since the last step."""
+        self.model.backbone.embeddings(self.caches.length_b[:0])      # no token: hooks there (data/worker.py) run before a step, and never in it
         if training := self.model.training: self.model.eval()       # no balance loss to compute
         try:
             self.admit(); left = self.prefill_tokens
@@ -825,15 +826,22 @@ def token_bytes(tokenizer, token: int) -> bytes:
     return tokenizer.encoding.decode_single_token_bytes(token if token < len(tokenizer) else sft.SPECIALS["<unk>"])
 
 
-def rollout_engine(slots: int = 64, **options) -> Callable[[nemotron.Nemotron, list[list[int]], nemotron.SamplingParams], list[nemotron.Completion]]:
-    """An engine as stage 07 takes it: the results of 04's generate with log-probabilities. options: those of Engine (draft, rollback, ...)."""
-    def generate(model, prompts, sampling):
+class rollout_engine:
+    """An engine as stage 07 takes it: the results of 04's generate with log-probabilities. options: those of Engine (draft, rollback, ...). A GPU's
+    Engine stays for later calls (they answer as a new one would, up to rounding), and ours: has few sizes, since each records its graphs anew."""
+    def __init__(self, slots: int = 64, **options): self.slots, self.options, self.kept = slots, options, (None, None)
+    def __reduce__(self): return partial(rollout_engine, self.slots, **self.options), ()      # to another process without caches and graphs
+
+    def __call__(self, model, prompts, sampling) -> list[nemotron.Completion]:
         if not prompts: return []
-        sampling = SamplingParams(**(vars(sampling) | dict(logprobs=True)))
-        engine = Engine(model, **(dict(slots=min(slots, len(prompts)), capacity=max(map(len, prompts)) + sampling.max_tokens) | options))
-        ids, answers = [engine.submit(prompt, sampling, place=i) for i, prompt in enumerate(prompts)], engine.run()
+        sampling, where = SamplingParams(**(vars(sampling) | dict(logprobs=True))), [model, *(x.data_ptr() for x in model.state_dict().values())]
+        slots, longest = self.slots if model.lm_head.weight.is_cuda else min(self.slots, len(prompts)), max(map(len, prompts)) + sampling.max_tokens
+        size, (had, engine), self.kept = dict(slots=slots, capacity=-(-longest // 256) * 256) | self.options, self.kept, (None, None)
+        if had != where or engine.caches.slots != slots or engine.caches.capacity < size["capacity"]: engine = Engine(model, **size)
+        ids, seed_l = [engine.submit(prompt, sampling, place=i) for i, prompt in enumerate(prompts)], engine.caches.seed_l.clone()
+        answers = engine.run()
+        if engine.graphs: engine.caches.seed_l.copy_(seed_l); self.kept = where, engine      # not after an error: requests are left in it
         return [nemotron.Completion(answers[i].ids, answers[i].logprobs, answers[i].finished) for i in ids]
-    return generate
 
 
 # %% 7 · Reasoning budget  [Card; Ultra, SFT]

@@ -3,8 +3,10 @@
 Drawing takes most of the time, so it has a process of its own:
     worker    waits until the weights are at most `age` steps behind, draws batch n, sends it, goes on with n + 1
     learner   takes batch n, one optimizer step, publishes weights n + 1
-The weights lie in shared memory with their version. Whatever engine draws, it embeds every token that it writes: a hook there takes newer weights in
-the middle of an answer. Caches are not computed again, so that an answer may mix two policies; only importance weights correct it, as in Ultra.
+The weights lie in shared memory with their version. A hook on the embedding takes newer ones in the middle of an answer: stage 04's generate embeds
+every token that it writes; stage 08's engine calls the hook before each step, because drafts are to be verified by the weights that read them, and a
+recorded step runs no hook (it finds weights where they were, copied in place). Caches are not computed again, so that an answer may mix two policies;
+only importance weights correct it, as in Ultra.
 
 Sources: [Ultra] Nemotron 3 Ultra report, arXiv 2606.15007, RLVR · [RL] NVIDIA NeMo-RL, async GRPO: trajectory age, in-flight weight updates
 """
