@@ -9,8 +9,7 @@ Run:       python 08_infer.py                              # 1 min, CPU: the tou
            python 08_infer.py generate --prompt "gcd of 12 and 18?" --mode off --temperature 0 --draft 2
            python 08_infer.py bench --preset nano --random-weights    # one GPU: tokens/s by batch size and drafts, from sizes alone
            python 08_infer.py quantize --base out/sft --scale-rule mse     # 10 s, CPU, into out/quantized; --preset ultra: the bill alone
-Contents:  1 precision   2 quantize a checkpoint   3 compute with it   4 slot caches   5 sampling and drafts   6 engine   7 reasoning budget
-           8 commands
+Contents:  1 precision  2 quantize a checkpoint  3 compute with it  4 slot caches  5 sampling and drafts  6 engine  7 reasoning budget  8 commands
 Letters:   b batch, or slots  r rows: of one pass, or flattened (b·t)  t time  s cached time  k drafts, or chosen experts  w a window (k + 1)
            d model width  v vocabulary  h heads  p head width  g groups  n state  c conv channels  e experts  l latent  f expert width
            q rows sorted by expert;  o output features, i input features of a linear layer; i places of an answer
@@ -370,9 +369,8 @@ class SlotCaches:
         mamba.check_format(state_format, seed)
         self.model, self.slots, self.capacity, self.draft, self.state_format = model, slots, capacity, draft, state_format
         self.replays, device = bool(draft) and rollback == "replay", weight.device
-        self.entries = draft + 2 if draft and not self.replays else 1
+        self.entries, self.static = draft + 2 if draft and not self.replays else 1, weight.is_cuda      # static: no waiting for the device's numbers
         self.plain = not weight.is_cuda and weight.dtype in (torch.float32, torch.float64) and self.entries == 1 and state_format == "fp32"
-        self.static = weight.is_cuda        # nothing may wait for a number of the device, or change a shape by one
         self.length_b, self.head_length_b, self.entry_b, self.kept_b = torch.zeros(4, slots, dtype=torch.long, device=device)
         # a window may begin at the last token that fits, so there are draft cells more, and the one for no token
         stored, cells = KV_FORMATS.get(kv_format, weight.dtype), capacity + draft + 1
@@ -407,7 +405,7 @@ class SlotCaches:
             self.flush(torch.zeros_like(self.kept_b, dtype=torch.bool).index_copy_(0, rows.slot_r, full_r))
         self.seed_l.add_(1)
         if rows.full and self.plain and self.mambas:        # the cell of the new token in a conv window, and the tap that each cell meets
-            cells, cell_b = self.mambas[0].window_bwc.shape[1], rows.start_r % self.mambas[0].window_bwc.shape[1]
+            cell_b = rows.start_r % (cells := self.mambas[0].window_bwc.shape[1])
             rows = rows._replace(turn=(cell_b, (torch.arange(cells) - 1 - cell_b[:, None]) % cells))
         else: rows = rows._replace(states=self.states_of(rows))
         x_rtd, blocks = F.embedding(ids_rt, self.model.backbone.embeddings.weight), self.model.backbone.layers
@@ -831,7 +829,6 @@ class rollout_engine:
     Engine stays for later calls (they answer as a new one would, up to rounding), and ours: has few sizes, since each records its graphs anew."""
     def __init__(self, slots: int = 64, **options): self.slots, self.options, self.kept = slots, options, (None, None)
     def __reduce__(self): return partial(rollout_engine, self.slots, **self.options), ()      # to another process without caches and graphs
-
     def __call__(self, model, prompts, sampling) -> list[nemotron.Completion]:
         if not prompts: return []
         sampling, where = SamplingParams(**(vars(sampling) | dict(logprobs=True))), [model, *(x.data_ptr() for x in model.state_dict().values())]
