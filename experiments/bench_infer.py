@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import inspect
 import statistics
 import sys
 import tempfile
@@ -82,19 +81,10 @@ class Config:
 # %% 1 · Models, engines and time
 
 def random_model(config: Config):
-    """A preset with random weights, in place and in its dtype from the start: Nano in fp32 first would not leave room for itself in bf16. Super
-    is drawn as 4-bit codes, since its bf16 form would not fit."""
+    """A preset with random weights, drawn in the form that it will have: Super as 4-bit codes for 16-bit inputs; bf16 would not fit."""
     nemotron, infer = stage("04_model"), stage("08_infer")
-    torch.manual_seed(config.seed)
-    if config.preset == "super": return infer.random_quantized(config.preset, config.where, weights_only=True)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(config.dtype)
-    try:
-        with torch.device(config.where): model = nemotron.Nemotron(nemotron.preset(config.preset))
-    finally: torch.set_default_dtype(default)
-    for name, p in [*model.named_parameters(), *model.named_buffers()]:
-        p.data = p.data.to(torch.float32 if name.endswith(nemotron.FP32) else config.dtype)
-    return model.eval().requires_grad_(False)
+    recipe = infer.Recipe(weights_only=True) if config.preset == "super" else None
+    return infer.random_model(nemotron.preset(config.preset), recipe, config.where, config.dtype, config.seed)
 
 
 def peer_model(config: Config):
@@ -107,13 +97,6 @@ def peer_model(config: Config):
     finally: torch.set_default_dtype(default)
     found = [name for name in ("mamba_ssm", "causal_conv1d") if config.where == "cuda" and importlib.util.find_spec(name)]
     return model, f"transformers, {' and '.join(found) or 'no kernels'}"
-
-
-def make_engine(model, slots: int, capacity: int, **options):
-    """An Engine; with CUDA graphs where stage 08 has them, and on a GPU."""
-    infer = stage("08_infer")
-    if "graphs" in inspect.signature(infer.Engine).parameters: options = dict(graphs=None) | options
-    return infer.Engine(model, slots, capacity, **options)
 
 
 def wait(config: Config) -> None:
@@ -175,7 +158,7 @@ def speed(config: Config) -> list[dict]:
         capacity, read = config.prompt + config.new + 1, max(512, batch * config.prompt)        # all prompts in one pass, as the peer reads them
         for name, options in [("ours", {}), *((f"ours, {config.forced_drafts} drafts kept with chance {p:g}, forced",
                                                dict(draft=config.forced_drafts, rollback=config.rollback, forced=p)) for p in drafts)]:
-            engine = engines[name] = make_engine(model, batch, capacity, prefill_tokens=read, **options)
+            engine = engines[name] = stage("08_infer").Engine(model, batch, capacity, prefill_tokens=read, **options)
             contenders[name] = finished(config, lambda engine=engine, prompts=prompts: decode_all(engine, prompts, sampling))
         if peer is not None:
             ids_bt, exactly = torch.tensor(prompts, device=config.where), dict(max_new_tokens=config.new, min_new_tokens=config.new)
@@ -269,7 +252,7 @@ def draft_lengths(config: Config) -> list[dict]:
     name, model, tokenizer = trained_model(config)
     for batch in config.draft_batch:
         prompts, sampling = texts(config, tokenizer, max(16, 2 * batch))
-        engines = {k: make_engine(model, batch, max(map(len, prompts)) + sampling.max_tokens + 1, draft=k, rollback=config.rollback,
+        engines = {k: stage("08_infer").Engine(model, batch, max(map(len, prompts)) + sampling.max_tokens + 1, draft=k, rollback=config.rollback,
                                   tokenizer=tokenizer, prefill_tokens=2048) for k in config.draft}
         written = {}
         def run(k, engine, prompts=prompts, sampling=sampling, written=written):
@@ -338,7 +321,8 @@ def budgets(config: Config) -> list[dict]:
     questions, rows = states.held_out_questions(config.questions), []
     prompts = [sft.render_chat(sft.opening(task), mode, tokenizer=tokenizer, generation_prompt=True)[0] for task in questions for mode in sft.MODES]
     longest = max(map(len, prompts))
-    engine = make_engine(model, min(32, len(questions)), longest + config.max_tokens, draft=2, rollback=config.rollback, tokenizer=tokenizer)
+    slots, capacity = min(32, len(questions)), longest + config.max_tokens
+    engine = stage("08_infer").Engine(model, slots, capacity, draft=2, rollback=config.rollback, tokenizer=tokenizer)
     for mode, budget in [*((mode, None) for mode in ("off", "medium", "regular")), *(("regular", b) for b in config.budgets)]:
         scored = states.ask(engine, questions, mode, infer.SamplingParams(config.max_tokens, temperature=0.0, budget=budget, margin=config.margin))
         low, high = sft.wilson(scored.right, scored.n)

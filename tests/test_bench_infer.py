@@ -111,33 +111,14 @@ def test_a_budget_row_counts_what_was_answered(checkpoint, tmp_path, monkeypatch
 
 
 def test_random_weights_lie_in_the_dtype_that_is_timed(micro, tmp_path, monkeypatch):
-    """bf16 but for what stage 04 keeps in fp32, never fp32 first; the default dtype is as before. Super comes from stage 08 in codes."""
-    made = []
-    original = nemotron.Nemotron.__init__
-    def watched(self, *args):
-        original(self, *args)
-        made.append({p.dtype for p in self.parameters()})
-    monkeypatch.setattr(nemotron.Nemotron, "__init__", watched)
+    """bf16 but for what stage 04 keeps in fp32, another draw for another seed; Super is asked for in codes."""
     monkeypatch.setattr(bench.Config, "dtype", torch.bfloat16)
-    model = bench.random_model(config(tmp_path))
-    assert made == [{torch.bfloat16}] and torch.get_default_dtype() == torch.float32
+    model, other = bench.random_model(config(tmp_path)), bench.random_model(config(tmp_path, seed=1))
     for name, p in model.named_parameters(): assert p.dtype == (torch.float32 if name.endswith(nemotron.FP32) else torch.bfloat16), name
-    assert model.lm_head.weight.std() > 0
-    asked = []
-    monkeypatch.setattr(infer, "random_quantized", lambda *args, **kwargs: asked.append((args, kwargs)) or "model", raising=False)
-    assert bench.random_model(config(tmp_path, preset="super")) == "model" and asked == [(("super", "cpu"), dict(weights_only=True))]
-
-
-def test_graphs_are_asked_for_only_where_the_engine_has_them(monkeypatch):
-    """The same script on an engine with and without the flag; a choice of the caller's wins."""
-    class With:
-        def __init__(self, model, slots, capacity, draft=0, graphs=None): self.got = (slots, capacity, draft, graphs)
-    class Without:
-        def __init__(self, model, slots, capacity, draft=0): self.got = (slots, capacity, draft)
-    monkeypatch.setattr(infer, "Engine", With)
-    assert bench.make_engine(None, 2, 9, draft=3).got == (2, 9, 3, None) and bench.make_engine(None, 2, 9, graphs=False).got == (2, 9, 0, False)
-    monkeypatch.setattr(infer, "Engine", Without)
-    assert bench.make_engine(None, 2, 9, draft=3).got == (2, 9, 3)
+    assert model.lm_head.weight.std() > 0 and not torch.equal(model.lm_head.weight, other.lm_head.weight)
+    monkeypatch.setattr(infer, "random_model", lambda *args: args)
+    sizes, recipe, where, dtype, seed = bench.random_model(config(tmp_path, preset="super"))
+    assert (sizes, recipe, where, dtype, seed) == (nemotron.preset("super"), infer.Recipe(weights_only=True), "cpu", torch.bfloat16, 0)
 
 
 def test_training_first_takes_the_preset_and_the_steps(tmp_path, monkeypatch):
