@@ -890,8 +890,8 @@ class ChatConfig:
 
     def engine(self, slots: int) -> Engine:
         if self.mode not in sft.MODES: raise ValueError(f"mode {self.mode!r} is unknown: choose one of {', '.join(sft.MODES)}.")
-        model, tokenizer = open_model(self.model, self.device)
-        return Engine(model, slots, self.capacity, self.draft, self.rollback, self.state_format, self.kv_format, tokenizer=tokenizer)
+        model, words = open_model(self.model, self.device)      # ours: 256 MB of what was read, where a later turn of a chat begins
+        return Engine(model, slots, self.capacity, self.draft, self.rollback, self.state_format, self.kv_format, tokenizer=words, prefix_bytes=2**28)
 
 
 @dataclass(frozen=True)
