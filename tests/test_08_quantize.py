@@ -520,4 +520,4 @@ def test_quantize_is_a_subcommand():
     shown = call("quantize", "--preset", "tiny")
     assert shown.returncode == 0 and "routed experts" in shown.stdout and "10.85" in shown.stdout
     wrong = call("quantize", "--base", "nowhere")
-    assert wrong.returncode == 1 and wrong.stderr.strip().startswith("08_infer: nowhere holds no checkpoint: train one")
+    assert wrong.returncode == 1 and wrong.stderr.strip() == "08_infer: nowhere has no config.json: give a local checkpoint directory."

@@ -123,7 +123,7 @@ def cells_pass(turn, pool, slots, starts, counts, t, h, dtype, seen):
     q, k, v = randn(len(slots), t, h + 2 * heads, p, seed=turn, dtype=dtype, scale=2.0).split([h, heads, heads], 2)
     slot, start, count = (torch.tensor(z, device=DEVICE) for z in (slots, starts, counts))
     real = torch.arange(t, device=DEVICE) < count[:, None]
-    at = (start[:, None] + torch.arange(t, device=DEVICE)).clamp(max=pool.k_bhsp.shape[2] - 1)
+    at = torch.where(real, start[:, None] + torch.arange(t, device=DEVICE), pool.k_bhsp.shape[2] - 1)      # what is no token: the last cell
     return q, k, v, types.SimpleNamespace(slot_r=slot, start_r=start, count_r=count, real_rt=real, at_rt=at, seen=seen, every=False)
 
 

@@ -307,7 +307,7 @@ def test_a_seed_goes_on_with_its_own_settings_only(tmp_path, recorded):
     """Two learning rates in one seed's folder would be compared with one another."""
     experiment.run_seed(config_in(tmp_path), 0, tmp_path, math.inf)
     other = config_in(tmp_path, rl_lr=1e-3)
-    with pytest.raises(ValueError, match="begun with rl_lr = 0.0002, not 0.001"): experiment.run_seed(other, 0, tmp_path, math.inf)
+    with pytest.raises(ValueError, match="begun with rl_lr = 5e-05, not 0.001"): experiment.run_seed(other, 0, tmp_path, math.inf)
     experiment.run_seed(config_in(tmp_path, minutes=3.0, rows=7), 0, tmp_path, math.inf)      # what may differ
 
 
