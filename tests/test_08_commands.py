@@ -327,9 +327,6 @@ def test_the_chat_in_a_real_terminal(run):
         until("> "); os.write(keyboard, b"/think off\n"); until("mode off")
         until("> "); os.write(keyboard, b"h\xffi\n"); until("bytes that are no UTF-8"); time.sleep(0.5)
         os.write(keyboard, b"\x03"); until("question and answer are forgotten"); until("> ")
-        time.sleep(1)
-        # a signal between a prompt and the wait for a key is noticed at the next key only: here a blank, which no command minds
-        os.write(keyboard, b"\x03"); time.sleep(0.5); os.write(keyboard, b" "); until("/quit leaves"); until("> ")
         os.write(keyboard, b"/budget 5\n"); until("closed after 5 tokens"); until("> ")
         os.write(keyboard, b"\x04")
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
