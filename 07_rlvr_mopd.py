@@ -159,14 +159,14 @@ class RLConfig:
     def training(self) -> pretrain.PretrainConfig:
         """The settings as 05's trainer reads them: warmup, then a constant rate; no balance loss, but a live selection bias  [RL]."""
         own = {name: getattr(self, name) for name in ("out", "steps", "lr", "device", "micro_batches", "seed", "save_every")}
-        return pretrain.PretrainConfig(**own, batch=self.prompts * self.answers, warmup=min(self.warmup_steps / self.steps, 1.0), decay=0.0,
-                                       beta1=0.9, beta2=0.999, weight_decay=0.0, clip=1.0, bias_rate=1e-3, aux_weight=0.0, mtp_weight=0.0,
+        precision = "bf16" if self.device == "cuda" else "fp32"      # ours; the engine draws in fp32: importance weights repair the difference
+        return pretrain.PretrainConfig(**own, precision=precision, batch=self.prompts * self.answers, warmup=min(self.warmup_steps / self.steps, 1.0),
+                                       decay=0.0, beta1=0.9, beta2=0.999, weight_decay=0.0, clip=1.0, bias_rate=1e-3, aux_weight=0.0, mtp_weight=0.0,
                                        branches=(), branch_steps=self.steps, record=False, health_every=0)
 
 
 # What may differ between a run and its continuation.
-FREE = {"out", "name", "device", "save_every", "held_out", "eval_every", "rows", "resume", "fresh", "sync", "age", "in_flight", "mopd",
-        "rollout_engine"}
+FREE = set("out name device save_every held_out eval_every rows resume fresh sync age in_flight mopd rollout_engine".split())
 
 
 # %% 2 · Rollouts

@@ -65,7 +65,7 @@ def stage(name: str):
     return importlib.import_module(name)
 
 
-nvfp4, nemotron, pretrain, sft, rl = map(stage, ("01_nvfp4", "04_model", "05_pretrain", "06_sft", "07_rlvr_mopd"))
+nvfp4, nemotron, pretrain, sft, rl, infer = map(stage, ("01_nvfp4", "04_model", "05_pretrain", "06_sft", "07_rlvr_mopd", "08_infer"))
 corpus, tasks, batches = map(stage, ("data.corpus", "data.tasks", "data.batches"))
 
 # %% 1 · Config
@@ -119,7 +119,7 @@ class Config:
     rl_prompts: int = 128                # a step, ours; Ultra 512. On a GPU their answers take hardly longer than those of 32
     rl_answers: int = 16                 # a prompt  [Ultra]
     rl_lr: float = 5e-5                  # ours: at 2e-4 RLVR forgot what SFT had taught
-    rl_pieces: int = 8                   # that a batch is learnt in, ours
+    rl_pieces: int = 4                   # that a batch is learnt in, ours
     profile: tuple[int, int] = (48, 4)   # questions a family and level whose pass rate is measured, and answers to each, ours
     pool: int = 300                      # questions of each level that is used, ours: 588 in all, each asked four times, were learnt by heart
     band: tuple[float, float] = (0.1, 0.7)               # mean pass rate of a family's level to be used, as in stage 07
@@ -249,6 +249,12 @@ def digest(asked: dict[str, list]) -> str:
     return hashlib.sha256(json.dumps([[task.prompt for task in some] for some in asked.values()]).encode()).hexdigest()[:16]
 
 
+def engine_of(config: Config, answers: int = 10**9) -> Callable:
+    """What writes rollouts, at most config.rows at a time. A GPU's steps are recorded ones of stage 08, and slots are filled again as answers end;
+    04's generate waits for Python at every token."""
+    return infer.rollout_engine(min(config.rows, answers), prefill_tokens=2**16) if config.device == "cuda" else rl.sampled
+
+
 @dataclass(frozen=True)
 class InPieces:
     """A rollout engine: `rows` prompts of about one length at a time; the likeliest token always, or sampled as the model card says.
@@ -258,23 +264,29 @@ class InPieces:
     rows: int
     cut: int | None = None
     sampled: bool = False
+    engine: Callable | None = None      # nothing = stage 04's generate
+
+    @classmethod
+    def of(cls, config: Config, cut: int | None = None, sampled: bool = False) -> InPieces:
+        return cls(10**9, cut, sampled, engine_of(config)) if config.device == "cuda" else cls(config.rows, cut, sampled)
 
     def __call__(self, model, prompts: list[list[int]], sampling) -> list:
         order, out = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [None] * len(prompts)
+        engine = self.engine or nemotron.generate
         sampling = replace(sampling, temperature=1.0, top_p=0.95) if self.sampled else replace(sampling, temperature=0.0)      # [Ultra's model card]
         for start in range(0, len(order), self.rows):
             some = order[start:start + self.rows]
-            drawn = nemotron.generate(model, [prompts[i] for i in some], sampling)
-            if self.cut is not None: drawn = self.cut_traces(model, [prompts[i] for i in some], drawn, sampling)
+            drawn = engine(model, [prompts[i] for i in some], sampling)
+            if self.cut is not None: drawn = self.cut_traces(engine, model, [prompts[i] for i in some], drawn, sampling)
             for i, new in zip(some, drawn): out[i] = replace(new, logprobs=[0.0] * len(new.ids))      # nothing learns from them
         return out
 
-    def cut_traces(self, model, prompts: list[list[int]], drawn: list, sampling) -> list:
+    def cut_traces(self, engine: Callable, model, prompts: list[list[int]], drawn: list, sampling) -> list:
         """Completions with those traces cut and continued that have more than `cut` tokens before </think>."""
         over = [i for i, x in enumerate(drawn) if len(x.ids) > self.cut and sft.END_THINK not in x.ids[:self.cut + 1]]
         heads = [drawn[i].ids[:self.cut] + [sft.END_THINK] for i in over]
-        rest = nemotron.generate(model, [prompts[i] + head for i, head in zip(over, heads)],
-                                 replace(sampling, max_tokens=max(sampling.max_tokens - self.cut - 1, 1)))
+        rest = engine(model, [prompts[i] + head for i, head in zip(over, heads)],
+                      replace(sampling, max_tokens=max(sampling.max_tokens - self.cut - 1, 1)))
         closed = {i: replace(new, ids=head + new.ids) for i, head, new in zip(over, heads, rest)}
         return [closed.get(i, x) for i, x in enumerate(drawn)]
 
@@ -289,7 +301,7 @@ def play(folder: Path, asked: dict[str, list], config: Config, mode: str = "regu
     """A checkpoint's answers. Tools answer; the last turn is scored."""
     model, every = nemotron.load_checkpoint(folder).to(config.device).eval(), [task for some in asked.values() for task in some]
     sampling = nemotron.SamplingParams(max_tokens=config.max_tokens, temperature=1.0, top_p=1.0)      # what rollouts asks for; InPieces overrules it
-    drawn = iter(rl.rollouts(InPieces(config.rows, cut, sampled), model, sft.Tokenizer.load(folder), every, [mode] * len(every), sampling))
+    drawn = iter(rl.rollouts(InPieces.of(config, cut, sampled), model, sft.Tokenizer.load(folder), every, [mode] * len(every), sampling))
     mine = {domain: list(itertools.islice(drawn, len(some))) for domain, some in asked.items()}
     return Scores({d: np.array([x.score == 1 for x in some], dtype=bool) for d, some in mine.items()},
                   {d: np.array([sum(x.learn) for x in some]) for d, some in mine.items()})
@@ -383,7 +395,7 @@ def fine_tune(run: Run) -> dict:
 
 
 def reinforce(run: Run) -> dict:
-    folder = rl.reinforce(run.rl_settings("rlvr"), run.last("sft"))
+    folder = rl.reinforce(run.rl_settings("rlvr"), run.last("sft"), engine_of(run.config))
     return dict(folder=folder, scores={"rlvr": folder}, tokens=sum(row["learnt"] for row in run.learnt(folder)))
 
 
@@ -420,16 +432,17 @@ def spend(run: Run, phase: str, levels: int) -> dict:
 # %% 6 · Phases: teachers and distillation
 
 def teach(run: Run, turn: int) -> dict:
-    phase, earlier = f"teachers-{turn}", run.teachers(turn - 1) if turn > 1 else {}
+    c, phase, earlier = run.config, f"teachers-{turn}", run.teachers(turn - 1) if turn > 1 else {}
     student = run.last("rlvr" if turn == 1 else f"mopd-{turn - 1}")
-    found = rl.train_teachers(student, earlier, run.rl_settings(phase), run.mopd)
+    found = rl.train_teachers(student, earlier, run.rl_settings(phase), run.mopd, engine=engine_of(c, c.teacher_prompts * c.rl_answers))
     return dict(folder=student, teachers={domain: run.relative(x) for domain, x in found.items()},
                 scores={f"teacher-{domain}-{turn}": (x, domain) for domain, x in found.items()},
                 tokens=sum(row["learnt"] for x in found.values() if f"/{phase}/" in x.as_posix() for row in run.learnt(x)))
 
 
 def warm_up(run: Run, turn: int) -> dict:
-    folder = rl.warm_up(run.path(run.mark(f"teachers-{turn}")["folder"]), run.teachers(turn), run.rl_settings(f"warmup-{turn}"), run.mopd)
+    folder = rl.warm_up(run.path(run.mark(f"teachers-{turn}")["folder"]), run.teachers(turn), run.rl_settings(f"warmup-{turn}"), run.mopd,
+                        engine=engine_of(run.config))
     return dict(folder=folder, scores={f"warmup-{turn}": folder})
 
 
@@ -441,7 +454,7 @@ def all_teachers(run: Run, turn: int) -> dict[str, Path]:
 
 def distil(run: Run, phase: str, turn: int, warm: bool = True) -> dict:
     start = run.last(f"warmup-{turn}") if warm else run.path(run.mark(f"teachers-{turn}")["folder"])
-    folder = rl.distil(start, all_teachers(run, turn), run.rl_settings(phase), run.mopd)
+    folder = rl.distil(start, all_teachers(run, turn), run.rl_settings(phase), run.mopd, engine=engine_of(run.config, run.config.mopd_prompts))
     return dict(folder=folder, scores={phase: folder}, tokens=sum(row["learnt"] for row in run.learnt(folder)))
 
 
@@ -479,7 +492,8 @@ def full_kl_objective(teachers: list) -> Callable:
 def distil_full_kl(run: Run) -> dict:
     """mopd-1 with another objective: the same questions, as many rollouts and updates. ours: no importance weight, see full_kl."""
     start, teachers = run.last("warmup-1"), all_teachers(run, 1)
-    draw, _, own = rl.distillation(start, teachers, run.rl_settings("full-kl"), run.mopd)
+    draw, _, own = rl.distillation(start, teachers, run.rl_settings("full-kl"), run.mopd,
+                                     engine=engine_of(run.config, run.config.mopd_prompts))
     models = [nemotron.load_checkpoint(x).to(own.device).eval() for x in teachers.values()]
 
     def read(_, drawn: list[rl.Rollout]) -> rl.Rows:
@@ -494,7 +508,8 @@ def distil_full_kl(run: Run) -> dict:
 def distil_four(run: Run) -> dict:
     """mopd-1 with every fourth of each step's prompts, asked four times."""
     start = run.last("warmup-1")
-    draw, read, own = rl.distillation(start, all_teachers(run, 1), run.rl_settings("rollouts-4"), run.mopd)
+    draw, read, own = rl.distillation(start, all_teachers(run, 1), run.rl_settings("rollouts-4"), run.mopd,
+                                     engine=engine_of(run.config, run.config.mopd_prompts))
     draw = replace(draw, plan=[step[:len(step) // 4] for step in draw.plan], answers=4)
     folder = rl.practise(draw, rl.mopd_objective(run.mopd), read, start, own)
     return dict(folder=folder, scores={"rollouts-4": folder}, tokens=sum(row["learnt"] for row in run.learnt(folder)))
@@ -506,7 +521,7 @@ def go_on(run: Run) -> dict:
     steps = max(round(wanted / statistics.mean(row["learnt"] for row in rows[-10:])), 1)
     # other questions and dice than RLVR's
     settings = run.rl_settings("grpo", steps=steps, warmup_steps=min(10, steps // 4), eval_every=0, seed=run.seed + 1000)
-    folder = rl.reinforce(settings, run.last("rlvr"))
+    folder = rl.reinforce(settings, run.last("rlvr"), engine_of(run.config))
     return dict(folder=folder, scores={"grpo": folder}, wanted=wanted, tokens=sum(row["learnt"] for row in run.learnt(folder)))
 
 
@@ -533,10 +548,10 @@ def count_drafts(model, drawn: list[rl.Rollout], depths: int, greedy: bool) -> D
 
 def boost(run: Run) -> dict:
     c, settings, student = run.config, run.rl_settings("boost"), run.last("mopd-2")
-    boosted = rl.boost_mtp(student, settings, run.mopd)
+    boosted = rl.boost_mtp(student, settings, run.mopd, engine_of(c))
     models = {name: nemotron.load_checkpoint(x).to(c.device).eval() for name, x in dict(before=student, after=boosted).items()}
     asked, found = sft.round_robin(questions(c).values())[:c.drafts], {}
-    for way, engine in (("greedy", InPieces(c.rows)), ("sampled", rl.sampled)):      # both have one trunk, so either may write
+    for way, engine in (("greedy", InPieces.of(c)), ("sampled", engine_of(c))):      # both have one trunk, so either may write
         drawn = rl.answer(models["after"], asked, settings, sft.Tokenizer.load(student), engine)
         found |= {f"{name} {way}": count_drafts(model, drawn, c.depths, way == "greedy")._asdict() for name, model in models.items()}
     return dict(folder=boosted, scores={}, drafts=found)

@@ -214,6 +214,20 @@ def test_pieces_and_their_order_change_no_answer():
     assert [x.ids for x in sampled] == [drawn[order.index(p)].ids for p in prompts] != alone
 
 
+def test_a_gpu_is_scored_and_practised_with_the_engine_that_answers_as_generate_does():
+    """What a GPU's settings choose (all prompts at once, stage 08's slots, as many as the call has answers) writes the same tokens, cut or whole."""
+    model, rng = make(), np.random.default_rng(0)
+    prompts, sampling = [rng.integers(12, 300, size=n).tolist() for n in (7, 3, 9, 4, 5)], nemotron.SamplingParams(max_tokens=6)
+    gpu, cpu = (experiment.Config(device=device, rows=2) for device in ("cuda", "cpu"))
+    for way in (dict(), dict(sampled=True), dict(cut=2)):
+        ours, plain = (experiment.InPieces.of(config, **way) for config in (gpu, cpu))
+        assert isinstance(ours.engine, experiment.infer.rollout_engine) and plain.engine is None
+        one_piece = replace(plain, rows=64)      # dice go by the place among the prompts of a call
+        assert [x.ids for x in ours(model, prompts, sampling)] == [x.ids for x in one_piece(model, prompts, sampling)]
+    assert experiment.engine_of(replace(gpu, rows=2048), 512).slots == 512 and experiment.engine_of(gpu, 512).slots == 2
+    assert experiment.engine_of(cpu) is experiment.rl.sampled
+
+
 def test_the_budget_is_the_one_whose_length_is_nearest():
     """lengths 5 8 11 14: wanted 10 is nearest to 11, wanted 9 to 8; beyond both ends the end serves. And it looks at few budgets."""
     lengths, seen = [5, 8, 11, 14], []
@@ -372,8 +386,9 @@ def student(tmp_path, tokenizer):
 def test_four_rollouts_a_prompt_are_as_many_rollouts_a_step(tmp_path, student, monkeypatch):
     """Two of every eight prompts, four times each; full-vocabulary KL keeps all eight, and says of every row which teacher it is for."""
     settings, seen = rl.RLConfig(out=tmp_path, families=("gcd", "number_filtering"), sync=True, device="cpu"), []
-    run = SimpleNamespace(last=lambda phase: student, rl_settings=lambda phase: settings, mopd=rl.MOPDConfig(steps=2, prompts=8), path=Path,
-                          mark=lambda phase: dict(folder=student), teachers=lambda turn: {"numbers": student}, learnt=lambda folder: [dict(learnt=5)])
+    run = SimpleNamespace(config=experiment.Config(), last=lambda phase: student, rl_settings=lambda phase: settings, path=Path,
+                          mopd=rl.MOPDConfig(steps=2, prompts=8), mark=lambda phase: dict(folder=student), teachers=lambda turn: {"numbers": student},
+                          learnt=lambda folder: [dict(learnt=5)])
     monkeypatch.setattr(rl, "practise", lambda *args: seen.append(args) or student)
     assert experiment.distil_four(run)["tokens"] == experiment.distil_full_kl(run)["tokens"] == 5
     (four, *_), (full, _, read, start, _) = seen
