@@ -448,11 +448,11 @@ class SlotCaches:
             pool.step(x, dt.masked_fill(gone_bt1, 0), B, C, slots_b)
         self.kept_b.masked_fill_(full_b, 0)
 
-    def reset(self, slot: int) -> None:
-        """Makes a slot new. Old keys and values stay, behind the length, where no mask shows them."""
-        for counts_b in (self.length_b, self.head_length_b, self.entry_b, self.kept_b): counts_b[slot] = 0
+    def reset(self, slot_r: Tensor) -> None:
+        """Makes slots new. Old keys and values stay, behind the length, where no mask shows them."""
+        for counts_b in (self.length_b, self.head_length_b, self.entry_b, self.kept_b): counts_b[slot_r] = 0
         for pool in self.mambas:
-            for z, at in ((pool.window_bwc, slot), *((part, slot * self.entries) for part in mamba.parts(pool.state))): z[at] = 0
+            for z, at_r in ((pool.window_bwc, slot_r), *((part, slot_r * self.entries) for part in mamba.parts(pool.state))): z[at_r] = 0
 
     def bytes_per_slot(self) -> dict[str, int]:
         """What a sequence occupies, used or not, counted from the tensors; a model on the meta device will do. Ultra's states in fp32 weigh as
@@ -522,11 +522,11 @@ class Variant(NamedTuple):
 
 class Running:
     """What decoding knows of each slot. ids_bw[:new_b] came out last, its last one is pending: the trunk has not read it. hidden_bwd[i] is the
-    trunk's hidden that ids_bw[i] followed. new_b = 0: nothing to decode. made_b: tokens of the answer."""
+    trunk's hidden that ids_bw[i] followed. new_b = 0: nothing to decode. made_b: tokens of the answer, which stops by itself at limit_b."""
     def __init__(self, caches: SlotCaches):
         b, w, weight, make = caches.slots, caches.draft + 1, caches.model.lm_head.weight, partial(torch.zeros, device=caches.length_b.device)
         self.ids_bw, self.hidden_bwd = make(b, w, dtype=torch.long), make(b, w, weight.shape[1], dtype=weight.dtype)
-        self.new_b, self.made_b = make(2, b, dtype=torch.long)
+        self.new_b, self.made_b, self.limit_b = make(3, b, dtype=torch.long)
         self.temperature_b, self.top_p_b = make(2, b, dtype=torch.float64)
         self.dice_b3i, self.how = make(b, 3, caches.capacity + w, dtype=torch.float64), Variant()
         self.offered_k, self.accepted_k = make(2, caches.draft, dtype=torch.long)
@@ -600,7 +600,7 @@ def speculative_step(caches: SlotCaches, run: Running, forced: float | None = No
         last_b1, place_k = torch.where(on_b, kept_b, -1)[:, None], torch.arange(k, device=kept_b.device)
         run.offered_k += (last_b1 >= place_k).sum(0); run.accepted_k += (last_b1 > place_k).sum(0)
         run.hidden_bwd.copy_(h_bwd)
-    run.ids_bw.copy_(ids_bw); run.new_b.copy_(new_b); run.made_b.add_(new_b)
+    run.ids_bw.copy_(ids_bw); run.made_b.add_(new_b); run.new_b.copy_(new_b * (run.made_b < run.limit_b))      # at its limit: no cell, no dice
     return ids_bw, new_b, logp_bw
 
 
@@ -622,10 +622,11 @@ class StepGraphs:
 
 
 # %% 6 · Engine
-# step(): requests enter free slots, prompts are read in chunks of at most prefill_tokens in all, then every decoding slot gets one window. So a
-# long prompt never stops the others for longer than one chunk. What a request answers depends on its prompt, sampling and place, not on the batch
-# (up to the rounding of products of other shapes; stochastically rounded states depend on slot and step too). With a prefix cache passes end at block
-# boundaries, where a slot is copied: keys could be cut anywhere, a state cannot, and a hit needs both.  [vLLM, mamba_cache_mode all]
+# step(): requests enter free slots, prompts are read in chunks of at most prefill_tokens in all, then every decoding slot gets one window, so a long
+# prompt never stops the others for longer than one chunk. Once all prompts are read it gets `ahead` windows, between which no GPU waits for the host.
+# What a request answers depends on its prompt, sampling and place, not on the batch (up to the rounding of products of other shapes; stochastically
+# rounded states depend on slot and step too). With a prefix cache passes end at block boundaries, where a slot is copied: keys could be cut anywhere,
+# a state cannot, and a hit needs both.  [vLLM, mamba_cache_mode all]
 
 Reason = Literal["stop_id", "stop", "length", "cache", "cancelled"]
 
@@ -639,9 +640,8 @@ class Answer(nemotron.Completion):
 
 @dataclass
 class Request:
-    """tokens: prompt and answer when it entered its slot; read: how many of them are in the caches; sent: characters that on_tokens has had."""
-    id: int; prompt: list[int]; sampling: SamplingParams; dice_3i: Tensor
-    on_tokens: Callable[[int, list[int], str], None] | None
+    """limit: most tokens of the answer. tokens: prompt and answer when it entered its slot; read: those in the caches; sent: characters streamed."""
+    id: int; prompt: list[int]; sampling: SamplingParams; limit: int; dice_3i: Tensor; on_tokens: Callable[[int, list[int], str], None] | None
     answer: Answer = field(default_factory=Answer); tokens: list[int] = field(default_factory=list)
     slot: int = -1; read: int = 0; sent: int = 0
     utf8: codecs.IncrementalDecoder = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
@@ -650,23 +650,19 @@ class Request:
     def ready(self) -> bool: return self.slot >= 0 and self.read == len(self.tokens) - 1
 
 
-def held_back(text: str, stops: tuple[str, ...]) -> int:
-    """Characters at the end that may become a stop string.    "so ab", stop "abc" -> 2"""
-    return max((n for stop in stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])), default=0)
-
-
 class Engine:
     """Serves requests over a fixed number of slots. Not safe for several threads; on_tokens may call submit and cancel. graphs None: on a GPU.
-    prefix_bytes: of copies behind every prefix_block tokens of a prompt, so that others begin there (0: none). New weights need a new engine."""
+    prefix_bytes: of copies behind every prefix_block tokens of a prompt, so that others begin there (0: none). New weights need a new engine.
+    ahead: windows between two looks of the host. With more, streams come in bursts and free slots wait; answers stay the same."""
     def __init__(self, model: nemotron.Nemotron, slots: int = 8, capacity: int = 2048, draft: int = 0, rollback: Rollback = "snapshot",
-                 state_format: str = "fp32", kv_format: str | None = None, prefill_tokens: int = 512, tokenizer=None,
+                 state_format: str = "fp32", kv_format: str | None = None, prefill_tokens: int = 512, ahead: int = 1, tokenizer=None,
                  forced: float | None = None, seed: int = 0, graphs: bool | None = None, prefix_bytes: int = 0, prefix_block: int = 64):
-        if prefill_tokens < 1: raise ValueError(f"prefill_tokens = {prefill_tokens}: a step must read at least one token of a prompt.")
-        self.model, self.tokenizer, self.forced, self.prefill_tokens = model, tokenizer, forced, prefill_tokens
+        if min(prefill_tokens, ahead) < 1: raise ValueError(f"prefill_tokens = {prefill_tokens}, ahead = {ahead}: both must be at least 1.")
+        self.model, self.tokenizer, self.forced, self.prefill_tokens, self.ahead = model, tokenizer, forced, prefill_tokens, ahead
         self.caches = SlotCaches(model, slots, capacity, draft, rollback, state_format, kv_format, seed)
         self.queue: deque[Request] = deque(); self.owners: dict[int, Request] = {}      # owners: slot -> request, in the order of admission
         self.prefixes, self.block = (Prefixes(prefix_bytes, prefix_block), prefix_block) if prefix_bytes else (None, capacity)
-        self.done: list[tuple[int, Answer]] = []; self.submitted, self.running = 0, Running(self.caches)
+        self.done: list[tuple[int, Answer]] = []; self.left: list[int] = []; self.submitted, self.running = 0, Running(self.caches)
         if graphs and not self.caches.static: raise ValueError("graphs=True: only a GPU records CUDA graphs; use graphs=None or False.")
         self.graphs = StepGraphs(partial(packed_step, self.caches, self.running, forced)) if self.caches.static and graphs is not False else None
 
@@ -681,7 +677,8 @@ class Engine:
         if "" in sampling.stop: raise ValueError("an empty stop string would end every answer at once: leave it out.")
         if (sampling.stop or sampling.budget is not None) and self.tokenizer is None:
             raise ValueError("stop strings and budgets need the engine's tokenizer: pass it, or use stop_ids.")
-        self.queue.append(Request(self.submitted, list(prompt), sampling, dice(sampling, place), on_tokens)); self.submitted += 1
+        limit = min(sampling.max_tokens, capacity + 1 - len(prompt))        # the last token needs no cell
+        self.queue.append(Request(self.submitted, list(prompt), sampling, limit, dice(sampling, place), on_tokens)); self.submitted += 1
         return self.submitted - 1
 
     def cancel(self, id: int) -> bool:
@@ -694,7 +691,7 @@ class Engine:
     def idle(self) -> bool: return not (self.queue or self.owners or self.done)
 
     def step(self) -> list[tuple[int, Answer]]:
-        """Admit, prefill, decode once -> (id, answer) of the requests that have ended since the last step."""
+        """Admit, prefill, decode -> (id, answer) of the requests that have ended since the last step."""
         self.model.backbone.embeddings(self.caches.length_b[:0])      # no token: hooks there (data/worker.py) run before a step, and never in it
         if training := self.model.training: self.model.eval()       # no balance loss to compute
         try:
@@ -721,20 +718,25 @@ class Engine:
 
     @torch.inference_mode()
     def admit(self) -> None:
-        """Waiting requests, first come first, into free slots; none free: they wait."""
-        caches, run, free = self.caches, self.running, [slot for slot in range(self.caches.slots) if slot not in self.owners]
-        while self.queue and free:
-            request = self.owners[slot := free.pop(0)] = self.queue.popleft()
+        """Waiting requests, first come first, into free slots, with one write a tensor for all of them; none free: they wait."""
+        caches, run, put = self.caches, self.running, partial(torch.tensor, device=self.caches.length_b.device)
+        if self.left: run.new_b[put(self.left)] = 0; self.left = []         # slots whose requests have gone
+        free = (slot for slot in range(caches.slots) if slot not in self.owners)
+        entering = {slot: self.queue.popleft() for _, slot in zip(range(len(self.queue)), free)}
+        if not entering: return
+        caches.reset(slot_r := put([*entering])); run.hidden_bwd[slot_r, 0] = 0; self.owners |= entering
+        for slot, request in entering.items():
             request.slot, request.read, request.tokens = slot, 0, (tokens := [*request.prompt, *request.answer.ids])
-            caches.reset(slot); run.hidden_bwd[slot, 0] = 0
             if self.prefixes and (n := self.prefixes.load(tokens[:-1], partial(self.left_by, slot))):
                 request.read = caches.length_b[slot] = n; caches.head_length_b[slot] = n - request.ready
                 if caches.draft:        # the pair that was missing, into the head's n-th cell; where the prompt is read, `propose` feeds it again
-                    slot_r, next_r = torch.tensor([[slot], tokens[n:n + 1]], device=run.new_b.device)
-                    caches.head(next_r[None], run.hidden_bwd[slot_r, :1], caches.rows(slot_r, slot_r * 0 + 1, 1, caches.length_b - 1, seen=n))
-            run.ids_bw[slot, 0], run.new_b[slot], run.made_b[slot] = tokens[-1], request.ready, len(request.answer.ids)
-            run.temperature_b[slot], run.top_p_b[slot] = request.sampling.temperature, request.sampling.top_p
-            run.dice_b3i[slot, :, :request.dice_3i.shape[1]] = request.dice_3i[:, :run.dice_b3i.shape[2]]
+                    at_r, next_r = put([[slot], tokens[n:n + 1]])
+                    caches.head(next_r[None], run.hidden_bwd[at_r, :1], caches.rows(at_r, at_r * 0 + 1, 1, caches.length_b - 1, seen=n))
+        numbers = [(r.tokens[-1], r.ready, len(r.answer.ids), r.limit, r.sampling.temperature, r.sampling.top_p) for r in entering.values()]
+        into = run.ids_bw[:, 0], run.new_b, run.made_b, run.limit_b, run.temperature_b, run.top_p_b
+        for z_b, new_r in zip(into, put(numbers, dtype=torch.float64).T): z_b[slot_r] = new_r.to(z_b.dtype)
+        dice_ri3 = torch.nn.utils.rnn.pad_sequence([r.dice_3i.T[:run.dice_b3i.shape[2]] for r in entering.values()], batch_first=True)
+        run.dice_b3i[slot_r, :, :dice_ri3.shape[1]] = dice_ri3.mT.to(slot_r.device)
 
     @torch.inference_mode()
     def prefill(self, left: int | None = None) -> int:
@@ -742,64 +744,65 @@ class Engine:
         left, picked = left or self.prefill_tokens, []
         for request in self.owners.values():
             n = min(left, len(request.tokens) - 1 - request.read, self.block - request.read % self.block)
-            if n: picked.append((request, n)); left -= n
+            if n: picked.append((request, n)); request.read += n; left -= n
         if not picked: return 0
         caches, run, device, t = self.caches, self.running, self.caches.length_b.device, max(n for _, n in picked)
-        piece = lambda r, n, shift: (r.tokens[r.read + shift:r.read + shift + n] + [0] * t)[:t]
-        ids_rt, next_rt = (torch.tensor([piece(r, n, shift) for r, n in picked], device=device) for shift in (0, 1))
-        for request, n in picked: request.read += n
+        ids_rt = torch.tensor([r.tokens[r.read - n:r.read + 1] + [0] * (t - n) for r, n in picked], device=device)     # and the token behind
         slot_r, count_r, last_r = torch.tensor([(r.slot, n, r.ready) for r, n in picked], device=device).T
-        h_rtd = caches.trunk(ids_rt, rows := caches.rows(slot_r, count_r, t, caches.length_b, seen=max(r.read for r, _ in picked)))
+        h_rtd = caches.trunk(ids_rt[:, :-1], rows := caches.rows(slot_r, count_r, t, caches.length_b, seen=max(r.read for r, _ in picked)))
         caches.commit(rows, count_r)
         if caches.draft:        # the last hidden and the token that is left: `propose` feeds that pair
-            caches.head(next_rt, h_rtd, caches.rows(slot_r, count_r - last_r, t, caches.head_length_b, seen=rows.seen))
+            caches.head(ids_rt[:, 1:], h_rtd, caches.rows(slot_r, count_r - last_r, t, caches.head_length_b, seen=rows.seen))
             caches.head_length_b[slot_r] += count_r - last_r
-        end_r = torch.arange(len(picked), device=device), count_r - 1
-        run.ids_bw[slot_r, 0], run.hidden_bwd[slot_r, 0], run.new_b[slot_r] = next_rt[end_r], h_rtd[end_r], last_r
+        row_r = torch.arange(len(picked), device=device)
+        run.ids_bw[slot_r, 0], run.hidden_bwd[slot_r, 0], run.new_b[slot_r] = ids_rt[row_r, count_r], h_rtd[row_r, count_r - 1], last_r
         for r in (r for r, _ in picked if self.prefixes and r.read % self.block == 0):
             self.prefixes.store(r.tokens[:r.read], self.left_by(r.slot, r.read))
         return left
 
     def decode(self) -> None:
+        """Windows for every slot whose prompt is read, `ahead` of them when all are; then the host looks."""
         decoding = [request for request in self.owners.values() if request.ready]
         if not decoding: return
         caches, run, w, asked = self.caches, self.running, self.caches.draft + 1, [r.sampling for r in decoding]
-        seen = max(len(r.prompt) + len(r.answer.ids) for r in decoding) + w - 1
+        n = min(self.ahead, max(r.limit - len(r.answer.ids) for r in decoding)) if len(decoding) == len(self.owners) else 1
+        seen = max(len(r.prompt) + len(r.answer.ids) for r in decoding) + n * w - 1
         if caches.static: seen = min(1 << max(8, (seen - 1).bit_length()), caches.capacity + w - 1)      # ours: 256, 512, ...: few graphs
         run.how = Variant(seen, caches.plain and len(decoding) == caches.slots, all(s.temperature == 0 for s in asked),
                           any(s.top_p < 1 and s.temperature > 0 for s in asked), any(s.logprobs for s in asked))
-        rows = (self.graphs(run.how) if self.graphs else packed_step(caches, run, self.forced)).tolist()
+        windows = torch.stack([(self.graphs(run.how) if self.graphs else packed_step(caches, run, self.forced)).clone() for _ in range(n)]).tolist()
         run.how = Variant()
-        for count, *row, r in ((*rows[r.slot], r) for r in decoding):
-            self.deliver(r, [int(x) for x in row[:int(count)]], row[w:] or [0.0] * w)
+        for group in [[window] for window in windows] if any(r.on_tokens for r in decoding) else [windows]:     # a stream may cancel between two
+            for r in (r for r in decoding if r.slot >= 0):      # others have ended meanwhile, or were sent back by their budget
+                rows = [(row, 1 + int(row[0])) for row in (window[r.slot] for window in group)]
+                self.deliver(r, [int(x) for row, end in rows for x in row[1:end]], [x for row, end in rows for x in row[1 + w:end + w]])
 
     def deliver(self, request: Request, ids: list[int], logps: list[float]) -> None:
-        """Appends new tokens one by one until something ends the answer; the rest of the window is dropped with its slot."""
-        answer, sampling, reason, before, slot = request.answer, request.sampling, None, len(request.answer.ids), request.slot
-        if answer.reason: return        # cancelled by another's on_tokens
-        for token, logp in zip(ids, logps):
-            reason = self.take(request, token, logp)
+        """Appends new tokens until something ends the answer; the rest is dropped with its slot."""
+        answer, sampling, reason, again, before = request.answer, request.sampling, None, False, len(request.answer.ids)
+        size = 1 if sampling.stop or sampling.budget is not None else len(ids)      # these two look behind every token
+        for i in range(0, len(ids), size):
+            reason = self.take(request, ids[i:i + size], logps[i:i + size])
             if reason is None and sampling.budget is not None and budget_used(answer, sampling, self.tokenizer):
                 # ours: as NVIDIA's client, which sends the closed trace as a new prompt. It is read anew, and no cache is touched.
-                answer.inserted, request.slot = len(answer.ids), -1
-                reason = self.take(request, sft.END_THINK, 0.0)
-            if reason or request.slot < 0: break
-        sure = len(answer.text) - (0 if reason else held_back(answer.text, sampling.stop))
-        piece, request.sent, again, request.slot = answer.text[request.sent:sure], sure, request.slot < 0, slot
-        if request.on_tokens: request.on_tokens(request.id, answer.ids[before:], piece)
+                answer.inserted, again = len(answer.ids), True
+                reason = self.take(request, [sft.END_THINK], [0.0])
+            if reason or again: break
+        if request.on_tokens:
+            sent, request.sent = request.sent, len(answer.text) - (0 if reason else terminal.held_back(answer.text, sampling.stop))
+            request.on_tokens(request.id, answer.ids[before:], answer.text[sent:request.sent])
         if reason and not answer.reason: self.finish(request, reason)
         elif again and not answer.reason: self.release(request); self.queue.appendleft(request)
 
-    def take(self, request: Request, token: int, logp: float) -> Reason | None:
-        """One more token of the answer and its text -> what ends the answer with it, if anything does."""
-        answer, sampling, reason = request.answer, request.sampling, None
-        answer.ids.append(token); answer.logprobs.extend([logp] * sampling.logprobs)
-        if token in sampling.stop_ids: reason = "stop_id"
-        elif len(answer.ids) >= sampling.max_tokens: reason = "length"
-        elif len(request.prompt) + len(answer.ids) > self.caches.capacity: reason = "cache"        # no cell to read this token into
+    def take(self, request: Request, ids: list[int], logps: list[float]) -> Reason | None:
+        """More tokens of the answer, up to an id that ends it, and their text -> what ends it with them, if anything does."""
+        answer, sampling, room = request.answer, request.sampling, request.limit - len(request.answer.ids)
+        n = next((i for i, token in enumerate(ids[:room], 1) if token in sampling.stop_ids), min(room, len(ids)))
+        answer.ids += ids[:n]; answer.logprobs += logps[:n] * sampling.logprobs
+        reason = "stop_id" if ids[n - 1] in sampling.stop_ids else None if n < room else "length" if request.limit == sampling.max_tokens else "cache"
         if self.tokenizer is None: return reason
         start = max(0, len(answer.text) - max(map(len, sampling.stop), default=0) + 1)
-        answer.text += request.utf8.decode(b"" if reason == "stop_id" else token_bytes(self.tokenizer, token), final=bool(reason))
+        answer.text += request.utf8.decode(self.tokenizer.decode_bytes(ids[:n - (reason == "stop_id")]), final=bool(reason))
         ends = [at for stop in sampling.stop if (at := answer.text.find(stop, start)) >= 0]
         answer.text = answer.text[:min(ends, default=None)]
         return "stop" if ends else reason
@@ -811,29 +814,26 @@ class Engine:
         self.release(request) if request.slot >= 0 else self.queue.remove(request)
 
     def release(self, request: Request) -> None:
-        del self.owners[request.slot]
-        self.running.new_b[request.slot], request.slot = 0, -1
+        del self.owners[request.slot]; self.left.append(request.slot); request.slot = -1
 
     def acceptance(self) -> list[float]:
-        """Share of drafts kept at each place, of those whose predecessors were. Windows count whole, also behind an answer's end."""
+        """Share of drafts kept at each place, of those whose predecessors were. Windows count whole, and until the host sees an answer's end."""
         return (self.running.accepted_k / self.running.offered_k.clamp(min=1)).tolist()
-
-
-def token_bytes(tokenizer, token: int) -> bytes:
-    """A token may be half a character; an id that no token has reads <unk>, as in Tokenizer.decode."""
-    return tokenizer.encoding.decode_single_token_bytes(token if token < len(tokenizer) else sft.SPECIALS["<unk>"])
 
 
 class rollout_engine:
     """An engine as stage 07 takes it: the results of 04's generate with log-probabilities. options: those of Engine (draft, rollback, ...). A GPU's
-    Engine stays for later calls (they answer as a new one would, up to rounding), and ours: has few sizes, since each records its graphs anew."""
-    def __init__(self, slots: int = 64, **options): self.slots, self.options, self.kept = slots, options, (None, None)
+    Engine stays for later calls (they answer as a new one would, up to rounding). ours: it has few sizes, as each records its graphs anew, looks
+    every 8 windows and has 256 slots unless told: a row is cheaper the more share a step, and so many of preset small with 3 drafts take 12 GB."""
+    def __init__(self, slots: int | None = None, **options): self.slots, self.options, self.kept = slots, options, (None, None)
     def __reduce__(self): return partial(rollout_engine, self.slots, **self.options), ()      # to another process without caches and graphs
     def __call__(self, model, prompts, sampling) -> list[nemotron.Completion]:
         if not prompts: return []
         sampling, where = SamplingParams(**(vars(sampling) | dict(logprobs=True))), [model, *(x.data_ptr() for x in model.state_dict().values())]
-        slots, longest = self.slots if model.lm_head.weight.is_cuda else min(self.slots, len(prompts)), max(map(len, prompts)) + sampling.max_tokens
-        size, (had, engine), self.kept = dict(slots=slots, capacity=-(-longest // 256) * 256) | self.options, self.kept, (None, None)
+        gpu, longest = model.lm_head.weight.is_cuda, max(map(len, prompts)) + sampling.max_tokens
+        slots, more = (256, dict(ahead=8, prefill_tokens=8192)) if gpu else (64, {})
+        slots = min(slots if self.slots is None else self.slots, sys.maxsize if gpu else len(prompts))
+        size, (had, engine), self.kept = dict(slots=slots, capacity=-(-longest // 256) * 256) | more | self.options, self.kept, (None, None)
         if had != where or engine.caches.slots != slots or engine.caches.capacity < size["capacity"]: engine = Engine(model, **size)
         ids, seed_l = [engine.submit(prompt, sampling, place=i) for i, prompt in enumerate(prompts)], engine.caches.seed_l.clone()
         answers = engine.run()
@@ -849,7 +849,7 @@ def budget_used(answer: Answer, sampling: SamplingParams, tokenizer) -> bool:
     """The trace is to be closed now:  budget 100, margin 500: at a newline from the 100th token on, at the 600th whatever it is."""
     n = len(answer.ids)
     if n < sampling.budget or sft.END_THINK in answer.ids: return False
-    return n >= sampling.budget + sampling.margin or b"\n" in token_bytes(tokenizer, answer.ids[-1])
+    return n >= sampling.budget + sampling.margin or b"\n" in tokenizer.decode_bytes(answer.ids[-1:])
 
 
 def generate_with_budget(engine: Engine, talks: list[list[dict]], mode: sft.Mode, sampling: SamplingParams, on_tokens=None) -> list[Answer]:

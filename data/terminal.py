@@ -52,6 +52,11 @@ def clean(text: str) -> str:
     return text.translate(PICTURES)
 
 
+def held_back(text: str, stops: tuple[str, ...]) -> int:
+    """Characters at the end of a stream that may become a string that stops it.    "so ab", stop "abc" -> 2"""
+    return max((n for stop in stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])), default=0)
+
+
 def write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()

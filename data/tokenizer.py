@@ -297,7 +297,11 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, special tokens by name. An id that no token has (a model's vocabulary may be larger) reads <unk>, a cut character U+FFFD."""
-        return self.encoding.decode([i if i < len(self) else SPECIALS["<unk>"] for i in ids])
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes behind decode, which may begin and end inside a character: pieces of a stream."""
+        return self.encoding.decode_bytes([i if i < len(self) else SPECIALS["<unk>"] for i in ids])
 
     def byte_counts(self, vocab: int) -> Tensor:
         """Bytes of text each id stands for, [v]; special tokens stand for none."""

@@ -109,7 +109,7 @@ def greedy_text(run, prompt, mode, n):
     ids = sft.render_chat([dict(role="user", content=prompt)], mode, tokenizer=tokenizer, generation_prompt=True)[0]
     answer = nemotron.generate(model, [ids], SamplingParams(max_tokens=n, temperature=0.0))[0]
     kept = answer.ids[:-1] if answer.finished else answer.ids
-    return b"".join(infer.token_bytes(tokenizer, token) for token in kept).decode("utf-8", "replace"), answer
+    return tokenizer.decode(kept), answer
 
 
 @pytest.mark.parametrize("mode, draft", [("off", 0), ("regular", 2)])
