@@ -46,6 +46,7 @@ class Config:
     batch: tuple[int, ...] = (1, 32)        # slots, all of them busy
     prompt: int = 128                       # tokens of each prompt
     new: int = 256                          # tokens of each answer
+    ahead: tuple[int, ...] = (1, 8)         # windows between two looks of the host, compared; drafts take the last of them
     rounds: int = 5                         # timed rounds, after one to warm up
     peer: bool = True                       # also time transformers' generate on a model of the same sizes
     forced: tuple[float, ...] = (0.5, 0.7, 0.9)         # chances at which drafts are kept, whatever they say; nothing = no drafts
@@ -65,7 +66,7 @@ class Config:
     out: Path = ROOT / "experiments"        # results.jsonl gets the rows, drafts.png and budgets.png the figures
 
     def __post_init__(self):
-        for name in ("batch", "draft", "draft_batch"):
+        for name in ("batch", "ahead", "draft", "draft_batch"):
             if not getattr(self, name): raise ValueError(f"{name} is empty: give at least one number.")
         for name in ("prompt", "new", "rounds", "questions", "max_tokens", "threads", "forced_drafts"):
             if getattr(self, name) < 1: raise ValueError(f"{name} = {getattr(self, name)} must be at least 1.")
@@ -124,8 +125,9 @@ def random_prompts(config: Config, count: int, vocab: int) -> list[list[int]]:
 
 
 def count_launches(config: Config, engine, prompts: list[list[int]], sampling) -> dict:
-    """What one decode step asks of the device, by torch.profiler: kernels and milliseconds of GPU work, on a CPU operators of ATen."""
+    """What one window asks of the device, by torch.profiler: kernels and milliseconds of GPU work, on a CPU operators of ATen."""
     from torch.profiler import ProfilerActivity, profile
+    ahead, engine.ahead = engine.ahead, 1       # steps of one window
     steps = max(1, min(8, config.new // (engine.caches.draft + 1) - 3))     # two come before, and no answer may end meanwhile
     for i, prompt in enumerate(prompts): engine.submit(prompt, sampling, place=i)
     while engine.queue or not all(request.ready for request in engine.owners.values()): engine.step()
@@ -137,6 +139,7 @@ def count_launches(config: Config, engine, prompts: list[list[int]], sampling) -
     written = sum(len(r.answer.ids) - before[r.id] for r in engine.owners.values())
     for id in before: engine.cancel(id)
     engine.run()
+    engine.ahead = ahead
     events, out = record.key_averages(), dict(tokens_a_step=round(written / steps, 2))
     if config.where != "cuda": return out | dict(operators_a_step=round(sum(e.count for e in events if e.key.startswith("aten::")) / steps))
     kernels = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
@@ -147,18 +150,20 @@ def count_launches(config: Config, engine, prompts: list[list[int]], sampling) -
 # %% 2 · Speed
 
 def speed(config: Config) -> list[dict]:
-    """A row for each batch size and contender: ours plain, ours with forced acceptances, transformers."""
+    """A row for each batch size and contender: ours plain with each number of windows ahead, ours with forced acceptances, transformers."""
     infer, bench_cpu = stage("08_infer"), stage("bench_cpu")
     sampling = infer.SamplingParams(max_tokens=config.new, temperature=0.0, top_p=1.0, stop_ids=())
     model, rows = random_model(config), []
-    drafts = config.forced if hasattr(model, "mtp") else ()
+    ours = {"ours" if n == 1 else f"ours, {n} windows between looks": dict(ahead=n) for n in config.ahead} | {
+        f"ours, {config.forced_drafts} drafts kept with chance {p:g}, forced":
+        dict(draft=config.forced_drafts, rollback=config.rollback, forced=p, ahead=config.ahead[-1])
+        for p in (config.forced if hasattr(model, "mtp") else ())}
     peer, peer_name = peer_model(config) if config.peer else (None, "")
     for batch in config.batch:
         prompts, contenders, engines = random_prompts(config, batch, model.config.vocab), {}, {}
         capacity, read = config.prompt + config.new + 1, max(512, batch * config.prompt)        # all prompts in one pass, as the peer reads them
-        for name, options in [("ours", {}), *((f"ours, {config.forced_drafts} drafts kept with chance {p:g}, forced",
-                                               dict(draft=config.forced_drafts, rollback=config.rollback, forced=p)) for p in drafts)]:
-            engine = engines[name] = stage("08_infer").Engine(model, batch, capacity, prefill_tokens=read, **options)
+        for name, options in ours.items():
+            engine = engines[name] = infer.Engine(model, batch, capacity, prefill_tokens=read, **options)
             contenders[name] = finished(config, lambda engine=engine, prompts=prompts: decode_all(engine, prompts, sampling))
         if peer is not None:
             ids_bt, exactly = torch.tensor(prompts, device=config.where), dict(max_new_tokens=config.new, min_new_tokens=config.new)
@@ -169,6 +174,7 @@ def speed(config: Config) -> list[dict]:
             row = dict(what="speed", contender=name, batch=batch, tokens_per_s=round(batch * config.new / statistics.median(seconds), 1),
                        slowest=round(batch * config.new / max(seconds), 1), fastest=round(batch * config.new / min(seconds), 1))
             if engine := engines.get(name):
+                row["ahead"] = engine.ahead
                 if config.peer: row["ratio"] = round(statistics.median(p / o for p, o in zip(times[peer_name], seconds)), 2)
                 if engine.caches.draft: row["acceptance"] = [round(x, 3) for x in engine.acceptance()]
                 row |= count_launches(config, engine, prompts, sampling)
@@ -248,21 +254,24 @@ def tokens_a_pass(offered: list[int], accepted: list[int]) -> float:
 def draft_lengths(config: Config) -> list[dict]:
     """A row for each batch size and number of drafts: tokens/s, acceptance by place, tokens a pass. The number of requests is the same for every
     length, twice the slots and at least 16 of them, so that slots are filled again as they come free."""
-    bench_cpu, rows = stage("bench_cpu"), []
+    infer, bench_cpu, rows = stage("08_infer"), stage("bench_cpu"), []
     name, model, tokenizer = trained_model(config)
     for batch in config.draft_batch:
         prompts, sampling = texts(config, tokenizer, max(16, 2 * batch))
-        engines = {k: stage("08_infer").Engine(model, batch, max(map(len, prompts)) + sampling.max_tokens + 1, draft=k, rollback=config.rollback,
-                                  tokenizer=tokenizer, prefill_tokens=2048) for k in config.draft}
+        engines = {k: infer.Engine(model, batch, max(map(len, prompts)) + sampling.max_tokens + 1, draft=k, rollback=config.rollback,
+                                   tokenizer=tokenizer, prefill_tokens=2048, ahead=config.ahead[-1]) for k in config.draft}
         written = {}
         def run(k, engine, prompts=prompts, sampling=sampling, written=written):
             written[k] = [a.ids for a in decode_all(engine, prompts, sampling)]
         times = bench_cpu.interleaved({k: finished(config, lambda k=k, e=e: run(k, e)) for k, e in engines.items()}, config.rounds)
         for k, seconds in times.items():
             engine, tokens = engines[k], sum(map(len, written[k]))
+            infer.drafts_kept(engine)       # counted anew, without the windows that run on behind an answer's end
+            engine.ahead = 1
+            run(k, engine)
             offered, accepted = (z.tolist() for z in (engine.running.offered_k, engine.running.accepted_k))
-            rows.append(dict(what="drafts", model=name, text=config.text, batch=batch, draft=k, rollback=config.rollback, requests=len(prompts),
-                             tokens=tokens, tokens_per_s=round(tokens / statistics.median(seconds), 1),
+            rows.append(dict(what="drafts", model=name, text=config.text, batch=batch, draft=k, rollback=config.rollback, ahead=config.ahead[-1],
+                             requests=len(prompts), tokens=tokens, tokens_per_s=round(tokens / statistics.median(seconds), 1),
                              slowest=round(tokens / max(seconds), 1), fastest=round(tokens / min(seconds), 1),
                              acceptance=[round(x, 4) for x in engine.acceptance()],
                              tokens_a_pass=round(tokens_a_pass(offered, accepted), 3),

@@ -83,10 +83,12 @@ class BenchConfig:
     kv_format: str | None = None           # fp32, bf16 or fp8; as the weights when not given
     prompt_tokens: int = 32
     tokens: int = 128                      # of each answer
+    ahead: int | None = None               # windows between two looks of the host, ours: 8 on a GPU, 1 on a CPU
     out: Path = Path("out")                # where result rows go
 
     def __post_init__(self):
-        least = dict(prompt_tokens=self.prompt_tokens, tokens=self.tokens, batches=min(self.batches, default=0))
+        least = dict(prompt_tokens=self.prompt_tokens, tokens=self.tokens, batches=min(self.batches, default=0),
+                     ahead=1 if self.ahead is None else self.ahead)
         if small := [name for name, n in least.items() if n < 1]: raise ValueError(f"--{small[0].replace('_', '-')} must be at least 1.")
         if not self.drafts or min(self.drafts) < 0: raise ValueError("--drafts takes numbers from 0 on, at least one.")
         if self.forced is not None and not 0 <= self.forced <= 1: raise ValueError(f"--forced {self.forced} is a chance: from 0 to 1.")
@@ -120,11 +122,12 @@ def bench(config: BenchConfig) -> None:
     draw = torch.Generator().manual_seed(0)
     prompts = torch.randint(low, high, (max(config.batches), config.prompt_tokens), generator=draw).tolist()
     sampling = nemotron.SamplingParams(max_tokens=config.tokens, temperature=0.0, stop_ids=())
-    options = dict(rollback=config.rollback, state_format=config.state_format, kv_format=config.kv_format, forced=config.forced)
+    ahead = config.ahead or (8 if model.lm_head.weight.is_cuda else 1)
+    options = dict(rollback=config.rollback, state_format=config.state_format, kv_format=config.kv_format, forced=config.forced, ahead=ahead)
     speeds: dict[int, dict[int, Speed]] = {}
     where = torch.cuda.get_device_name() if model.lm_head.weight.is_cuda else f"{torch.get_num_threads()} CPU threads"
     about = dict(model=None if config.random_weights else str(config.model), preset=config.preset, weights=config.weights if config.preset else None,
-                 forced=config.forced, rollback=config.rollback, state_format=config.state_format, kv_format=config.kv_format, where=where)
+                 where=where, **options)
     for slots, k in tqdm(list(product(config.batches, drafts)), desc="bench", leave=False):
         speed = speeds.setdefault(slots, {})[k] = measure_speed(model, prompts[:slots], slots, k, sampling, **options)
         nvfp4.write_row(config.out, "08_bench", **about, batch=slots, draft=k, tokens_per_s=round(speed.tokens_per_s, 1),

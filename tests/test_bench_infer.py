@@ -37,8 +37,8 @@ def checkpoint(tmp_path_factory):
 
 
 def config(tmp_path, **kwargs):
-    return bench.Config(**dict(device="cpu", batch=(1, 3), prompt=5, new=12, rounds=1, forced=(1.0,), forced_drafts=2, threads=1, out=tmp_path,
-                               questions=2, max_tokens=6, draft=(0, 1, 3), draft_batch=(2,), budgets=(2,), margin=2) | kwargs)
+    return bench.Config(**dict(device="cpu", batch=(1, 3), prompt=5, new=12, rounds=1, ahead=(1,), forced=(1.0,), forced_drafts=2, threads=1,
+                               out=tmp_path, questions=2, max_tokens=6, draft=(0, 1, 3), draft_batch=(2,), budgets=(2,), margin=2) | kwargs)
 
 
 def test_the_whole_script_runs_on_a_cpu(micro, checkpoint, tmp_path, capsys):
@@ -81,6 +81,22 @@ def test_contenders_write_as_many_tokens_as_the_row_divides_by(micro, tmp_path, 
     peer = seen.pop("transformers, no kernels")
     assert len(seen) == 2 and tuple(peer.shape) == (3, 5 + 12) and peer[:, :5].tolist() == bench.random_prompts(config(tmp_path), 3, 320)
     for answers in seen.values(): assert [len(a.ids) for a in answers] == [12, 12, 12] and {a.reason for a in answers} == {"length"}
+
+
+def test_windows_ahead_are_a_contender_and_a_field(micro, tmp_path):
+    """Plain decoding once for each number, drafts with the last; what a window costs does not depend on it."""
+    rows = [r for r in bench.speed(config(tmp_path, batch=(3,), ahead=(1, 4), peer=False))]
+    assert [(r["contender"], r["ahead"]) for r in rows] == [("ours", 1), ("ours, 4 windows between looks", 4),
+                                                            ("ours, 2 drafts kept with chance 1, forced", 4)]
+    assert [r["tokens_a_step"] for r in rows] == [3, 3, 9] and rows[0]["operators_a_step"] == rows[1]["operators_a_step"]
+    with pytest.raises(ValueError, match="ahead is empty"): config(tmp_path, ahead=())
+
+
+def test_acceptances_are_those_of_windows_whose_request_was_there(checkpoint, tmp_path):
+    """Answers that end by themselves: with many windows between looks the text and the counts are those with one."""
+    one, many = (bench.draft_lengths(config(tmp_path, trained=checkpoint, draft=(2,), ahead=(n,), max_tokens=40)) for n in (1, 7))
+    assert [r["ahead"] for r in one + many] == [1, 7]
+    for name in ("tokens", "acceptance", "tokens_a_pass"): assert one[0][name] == many[0][name], name
 
 
 def test_the_fastest_draft_length_is_found_for_each_batch():
