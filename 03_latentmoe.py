@@ -547,6 +547,22 @@ def quantize_weight(name: str, weight_oi: Tensor, fmt: str, scale_rule: str = "m
     return dict(weight=codes, weight_scale=scale), codes.float() * scale
 
 
+FEW_FP8_ROWS = 64      # ours: what one program of the kernel takes, so each weight is read once; more rows repay writing the weights out in bf16
+
+
+def fp8_linear(x_ri: Tensor, weight_oi: Tensor, input_scale: Tensor, weight_scale: Tensor, dtype: torch.dtype, offsets_e: Tensor | None = None,
+               impl: str = "auto") -> Tensor:
+    """x · wᵀ in dtype: x rounded to E4M3 by input_scale, weight_oi E4M3 (or its values in a wider dtype, in which they are then multiplied).
+    With a stack [e, o, i] and its rows' ends offsets_e, each expert has scales of its own, [e]."""
+    few = len(x_ri) <= FEW_FP8_ROWS and offsets_e is None and weight_oi.dtype == torch.float8_e4m3fn and dtype != torch.float64
+    if few and not torch.is_grad_enabled() and (twin := nvfp4.find_twin("packed", "fp8_linear", impl, x_ri)):
+        return twin(x_ri, weight_oi, input_scale, weight_scale, dtype)
+    by_row = lambda scale: scale if offsets_e is None else scale[nvfp4.expert_of_rows(offsets_e, len(x_ri))]
+    w, scale = weight_oi.to(dtype) if weight_oi.dtype == torch.float8_e4m3fn else weight_oi, by_row(input_scale)[..., None]
+    codes_ri = nvfp4.e4m3(x_ri.float() / scale).to(w.dtype)      # E4M3 values fit into every wider format
+    return (nvfp4.product(codes_ri, w, offsets_e) * (scale * by_row(weight_scale)[..., None])).to(dtype)
+
+
 class Packed(nn.Module):
     """One weight [o, i], or a stack [e, o, i], as the checkpoint stores it, with the product that its format asks for."""
     def __init__(self, shape: tuple[int, ...], fmt: str):
@@ -577,17 +593,14 @@ class Packed(nn.Module):
     def forward(self, x: Tensor, offsets_e: Tensor | None = None) -> Tensor:
         """x · wᵀ; with a stack, rows of x sorted by expert and offsets_e their ends."""
         dtype, x_ri, w = nvfp4.output_dtype(x), x.reshape(-1, x.shape[-1]), self.decoded
-        # each expert may have a scale of its own: then one entry a row
-        by_row = lambda scale: scale if offsets_e is None else scale[nvfp4.expert_of_rows(offsets_e, len(x_ri))]
         if self.fmt == "nvfp4":
-            x_ri = nvfp4.quantize(x_ri, amax=by_row(self.input_scale) * INPUT_RANGE["nvfp4"], name="the input of a quantized layer")
+            # each expert may have a scale of its own: then one entry a row
+            scale = self.input_scale if offsets_e is None else self.input_scale[nvfp4.expert_of_rows(offsets_e, len(x_ri))]
+            x_ri = nvfp4.quantize(x_ri, amax=scale * INPUT_RANGE["nvfp4"], name="the input of a quantized layer")
             y_ro = nvfp4.matmul(x_ri, self.stored(), offsets_e, dtype) if w is None else nvfp4.product(x_ri.dequantize(), w, offsets_e)
         elif self.fmt == "w4a16":
             y_ro = nvfp4.matmul_w4a16(x_ri.to(dtype), self.stored(), offsets_e) if w is None else nvfp4.product(x_ri.float(), w, offsets_e)
-        else:
-            w, scale = self.weight.to(dtype) if w is None else w, by_row(self.input_scale)[..., None]
-            codes = nvfp4.e4m3(x_ri.float() / scale).to(w.dtype)      # E4M3 values fit into every wider format
-            y_ro = nvfp4.product(codes, w, offsets_e) * (scale * by_row(self.weight_scale)[..., None])
+        else: y_ro = fp8_linear(x_ri, self.weight if w is None else w, self.input_scale, self.weight_scale, dtype, offsets_e)
         return y_ro.to(dtype).view(*x.shape[:-1], self.shape[-2])
 
 

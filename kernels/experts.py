@@ -74,6 +74,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.interpreter import dot, narrow
+from kernels.packed import _experts_by_pair, _few_pairs
 
 _UP, _PLAIN, _DA = 0, 1, 2      # what _rows_kernel does with a finished tile: store relu², store, or finish the hidden layer's gradient
 
@@ -580,10 +581,13 @@ class _Experts(torch.autograd.Function):
 
 
 def _serve(x_rl: Tensor, weights_rk: Tensor, experts_rk: Tensor, up_efl, down_elf, dtype: torch.dtype) -> Tensor:
-    """Experts held in 4 bits (NVFP4Tensor): the same steps around products that decode the weights while they load them. No gradient."""
+    """Experts held in 4 bits (NVFP4Tensor): pair by pair for a decode step, else the same steps around products that decode the weights while they
+    load them. No gradient."""
     nvfp4, moe = importlib.import_module("01_nvfp4"), importlib.import_module("03_latentmoe")
     if torch.is_grad_enabled() and (x_rl.requires_grad or weights_rk.requires_grad):
         raise ValueError("experts in 4 bits serve and do not train: call them under torch.no_grad(), or give the weights in bf16")
+    if dtype != torch.float64 and _few_pairs(experts_rk.numel(), up_efl, down_elf):
+        return _experts_by_pair(x_rl.to(dtype), weights_rk, experts_rk, up_efl, down_elf)
     routing = _Routing(experts_rk, up_efl.shape[0])
     x_ql = x_rl.to(dtype).index_select(0, routing.token_q)
     out_ql = nvfp4.matmul_w4a16(moe.relu2(nvfp4.matmul_w4a16(x_ql, up_efl, routing.offsets_e)), down_elf, routing.offsets_e)
