@@ -190,7 +190,8 @@ def _combine_kernel(out_rl, rows_ql, weights_rk, L, CHOSEN: tl.constexpr, BLOCK:
 def _few_pairs(pairs: int, up_efl, down_elf) -> bool:
     """Do experts serve pair by pair? ours: up to half as many pairs as experts. Even routing of q pairs reaches e (1 - exp(-q / e)) of e experts, so
     at the border pairs read 1.27 times the weights that sorted rows would; beyond, reading an expert once for all its rows wins."""
-    served = lambda q: q.block == (1, 16) and not any(_global_strides(q)[1:])
+    one_scale = lambda q: not any(stride for stride, size in zip(_global_strides(q)[1:], q.block_scale.shape[1:]) if size > 1)
+    served = lambda q: q.block == (1, 16) and one_scale(q)
     return 0 < pairs <= up_efl.shape[0] // 2 and served(up_efl) and served(down_elf)
 
 

@@ -222,6 +222,7 @@ def test_few_pairs_go_one_by_one_and_many_are_sorted(monkeypatch):
     rows = nvfp4.NVFP4Tensor(up.codes, up.block_scale, torch.ones(8, 32, 1, device=DEVICE), up.block)
     for other in (blocks, rows): assert not packed._few_pairs(2, other, down) and not packed._few_pairs(2, up, other)
     assert packed._few_pairs(4, up, down) and not packed._few_pairs(5, up, down) and not packed._few_pairs(0, up, down)
+    assert packed._few_pairs(4, stack(8, 32, 16, by_expert=True), stack(8, 16, 32, by_expert=True))      # one block a row: its stride says nothing
 
 
 def test_one_row_of_an_e4m3_linear_is_one_launch(monkeypatch):
