@@ -69,7 +69,7 @@ def compiling_for(arch: int):
 
 def report(paths: list[str]) -> None:
     """Compile what `launches(device)` of each test file launches, for sm_90 and sm_100; print one JSON line per kernel and architecture.
-    PTX operations of interest are counted: tensor-core products, block-scaled FP4 products, conversions to e2m1."""
+    PTX operations of interest are counted: tensor-core products, block-scaled FP4 products, conversions to e2m1, divisions, also approximate ones."""
     import re
     root = Path(__file__).parent
     sys.path[:0] = [str(root.parent), str(root)]
@@ -84,7 +84,8 @@ def report(paths: list[str]) -> None:
                 count = lambda pattern, ptx=ptx: len(re.findall(pattern, ptx))
                 print(json.dumps(dict(file=path, arch=arch, kernel=name, shared=kernel.metadata.shared, bytes=len(kernel.asm["cubin"]),
                                       mma=count(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync"), mxf4nvf4=count(r"tcgen05\.mma\S*mxf4nvf4\S*"),
-                                      to_e2m1=count(r"cvt\.\S*e2m1x2\.f32"))), flush=True)
+                                      to_e2m1=count(r"cvt\.\S*e2m1x2\.f32"), div=count(r"div\.\S*f32"), fast_div=count(r"div\.(?:full|approx)"))),
+                      flush=True)
 
 
 if __name__ == "__main__":

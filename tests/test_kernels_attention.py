@@ -185,12 +185,14 @@ def test_a_broken_query_stays_broken(splits, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")       # the interpreter's NumPy tells of 3e38 / 0.3
 def test_keys_are_rounded_to_fp8_as_the_stage_rounds_them():
-    """Every bf16 number within range and beyond: ties, subnormal numbers, the cut at 448, both signs, NaN; the scale is no power of two."""
+    """Every bf16 number within range and beyond: ties, subnormal numbers, the cut at 448, both signs, NaN; the scale is no power of two.
+    PITFALL: PyTorch on a GPU multiplies by the reciprocal of a Python number, which rounds twice and moves two of these codes. A checkpoint's scale
+    lies in memory, and then it divides."""
     x = torch.arange(2**16).to(torch.uint16).view(torch.bfloat16).to(DEVICE)
     x = torch.where(x.isinf(), 1.0, x).view(64, 1, 16, 64)      # [r, t, heads, p]
     pools = [infer.KVPool(64, 16, 2, 64, torch.float8_e4m3fn, DEVICE) for _ in range(2)]
     for pool, impl in zip(pools, ("triton", "torch")):
-        pool.k_scale = pool.v_scale = 0.3
+        pool.k_scale = pool.v_scale = torch.tensor(0.3, device=DEVICE) if impl == "torch" else 0.3
         *_, rows = cells_pass(1, pool, list(range(64)), [0] * 64, [1] * 64, 1, 16, torch.bfloat16, 1)
         pool.attend_cells(torch.zeros_like(x), x, -x, rows, impl=impl)
     for ours, plain in ((pools[0].k_bhsp, pools[1].k_bhsp), (pools[0].v_bhsp, pools[1].v_bhsp)):
