@@ -408,31 +408,6 @@ FP16_MAX, FP16_NORMAL = 65504.0, 2.0**-14       # largest value; below the secon
 INT8_TINY = 1e-30       # ours: a row with nothing larger is stored as zeros; 127 / amax would leave fp32 at 4e-37
 
 
-def conv_step(xBC_rtc: Tensor, dt_rth: Tensor, weight_c1w: Tensor, bias_c: Tensor, dt_bias_h: Tensor, limit: tuple[float, float],
-              window_bwc: Tensor, slot_r: Tensor, start_r: Tensor, real_rt: Tensor, impl: str = "auto") -> tuple[Tensor, Tensor]:
-    """Convolution and step sizes of t new tokens a row -> (silu of the convolution [r, t, c], dt after softplus and limits, 0 where no token is).
-
-    window_bwc: a ring of inputs for each slot, overwritten in place: token i of the text lies in cell i mod its length, and a new slot's is zeros.
-    With taps - 1 + t cells or more, tokens may be taken back by saying where the row starts (start_r) the next time; with fewer, real_rt's count.
-    slot_r, start_r [r]: whose tokens these are, and how many came before. real_rt: which are there; a row's are on the left. dt comes out in fp32.
-    """
-    t, ring, old, row_r1 = xBC_rtc.shape[1], window_bwc.shape[1], weight_c1w.shape[2] - 1, slot_r[:, None]
-    few = old + t <= ring and xBC_rtc.dtype != torch.float64
-    if few and (twin := nvfp4.find_twin("conv1d", "conv_step", impl, xBC_rtc)):
-        return twin(xBC_rtc, dt_rth, weight_c1w, bias_c, dt_bias_h, limit, window_bwc, slot_r, start_r, real_rt)
-    cell_rw = (start_r[:, None] + torch.arange(-old, t, device=start_r.device)) % ring
-    if old + t <= ring:
-        window_bwc[row_r1, cell_rw[:, old:]] = xBC_rtc
-        y_rtc = F.silu(depthwise(window_bwc[row_r1, cell_rw].to(wide(xBC_rtc.dtype)), weight_c1w.to(wide(xBC_rtc.dtype))) + bias_c).to(xBC_rtc.dtype)
-    else:
-        tape_rtc = torch.cat([window := window_bwc[row_r1, cell_rw[:, :old]], xBC_rtc], 1)
-        last_rw = real_rt.sum(1, keepdim=True) + torch.arange(old, device=start_r.device)       # the last inputs that are there
-        window_bwc[row_r1, cell_rw.gather(1, last_rw)] = tape_rtc[torch.arange(len(tape_rtc), device=start_r.device)[:, None], last_rw]
-        y_rtc, _ = causal_conv1d(xBC_rtc, weight_c1w, bias_c, window, impl=impl)
-    dt_rth = F.softplus(dt_rth.to(wide(dt_rth.dtype)) + dt_bias_h).clamp(*limit)
-    return y_rtc, torch.where(real_rt[..., None], dt_rth, 0.0)        # PITFALL: after the clamp, whose lower limit may be above 0
-
-
 class QuantizedState(NamedTuple):
     """A state in int8: value = code · scale."""
     codes: Tensor       # int8 [..., p, n], -127 .. 127
@@ -569,6 +544,36 @@ def ssd_step(x, dt, A_h, B, C, D_h=None, state_bhpn=None, doc_b=None, slots_b=No
         if write == "each": write_slots(state, S_bhpn, slots[:, 1 + t], state_format, seed)
     if write == "last": write_slots(state, S_bhpn, slots[:, 0], state_format, seed)
     return torch.stack(ys, 1).view(x.shape), state
+
+
+def step_sizes(raw_bth: Tensor, bias_h: Tensor, limit: tuple[float, float]) -> Tensor:
+    """dt from what the input projection gives, alike for a whole text and for a step; in fp32 (or fp64)."""
+    return F.softplus(raw_bth.to(wide(raw_bth.dtype)) + bias_h).clamp(*limit)
+
+
+def conv_step(xBC_rtc: Tensor, dt_rth: Tensor, weight_c1w: Tensor, bias_c: Tensor, dt_bias_h: Tensor, limit: tuple[float, float],
+              window_bwc: Tensor, slot_r: Tensor, start_r: Tensor, real_rt: Tensor, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """Convolution and step sizes of t new tokens a row -> (silu of the convolution [r, t, c], dt after softplus and limits, 0 where no token is).
+
+    window_bwc: a ring of inputs for each slot, overwritten in place: token i of the text lies in cell i mod its length, and a new slot's is zeros.
+    With taps - 1 + t cells or more, tokens may be taken back by saying where the row starts (start_r) the next time; with fewer, real_rt's count.
+    slot_r, start_r [r]: whose tokens these are, and how many came before. real_rt: which are there; a row's are on the left. dt comes out in fp32.
+    """
+    t, ring, old, row_r1 = xBC_rtc.shape[1], window_bwc.shape[1], weight_c1w.shape[2] - 1, slot_r[:, None]
+    few = old + t <= ring and xBC_rtc.dtype != torch.float64
+    if few and (twin := nvfp4.find_twin("conv1d", "conv_step", impl, xBC_rtc)):
+        return twin(xBC_rtc, dt_rth, weight_c1w, bias_c, dt_bias_h, limit, window_bwc, slot_r, start_r, real_rt)
+    cell_rw = (start_r[:, None] + torch.arange(-old, t, device=start_r.device)) % ring
+    if old + t <= ring:
+        window_bwc[row_r1, cell_rw[:, old:]] = xBC_rtc
+        y_rtc = F.silu(depthwise(window_bwc[row_r1, cell_rw].to(wide(xBC_rtc.dtype)), weight_c1w.to(wide(xBC_rtc.dtype))) + bias_c).to(xBC_rtc.dtype)
+    else:
+        tape_rtc = torch.cat([window := window_bwc[row_r1, cell_rw[:, :old]], xBC_rtc], 1)
+        last_rw = real_rt.sum(1, keepdim=True) + torch.arange(old, device=start_r.device)       # the last inputs that are there
+        window_bwc[row_r1, cell_rw.gather(1, last_rw)] = tape_rtc[torch.arange(len(tape_rtc), device=start_r.device)[:, None], last_rw]
+        y_rtc, _ = causal_conv1d(xBC_rtc, weight_c1w, bias_c, window, impl=impl)
+    dt_rth = step_sizes(dt_rth, dt_bias_h, limit)
+    return y_rtc, torch.where(real_rt[..., None], dt_rth, 0.0)        # PITFALL: after the clamp, whose lower limit may be above 0
 
 
 # %% 8 · Context parallelism  [M2, sequence parallelism]
@@ -776,7 +781,7 @@ class Mamba2(nn.Module):
         """(x_bthp, dt_bth, A_h, B_btgn, C_btgn) as the scan takes them, from the convolution's output and the raw steps."""
         h, p, g, n = self.heads, self.head_dim, self.groups, self.state
         x_bti, B_bti, C_bti = xBC_btc.split([h * p, g * n, g * n], dim=-1)
-        dt_bth = F.softplus(dt_bth.to(wide(dt_bth.dtype)) + self.dt_bias).clamp(*self.time_step_limit)
+        dt_bth = step_sizes(dt_bth, self.dt_bias, self.time_step_limit)
         A_h = -self.A_log.to(dt_bth.dtype).exp()
         return x_bti.unflatten(-1, (h, p)), dt_bth, A_h, B_bti.unflatten(-1, (g, n)), C_bti.unflatten(-1, (g, n))
 
