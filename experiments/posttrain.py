@@ -15,8 +15,7 @@ all checkpoints on the same held-out questions, and sets a 95 % interval to ever
     sft-worked   control: RLVR's wall seconds on worked solutions of levels 0 to 2, an expert's traces, which RLVR does not have
 A difference is taken question by question, then averaged over the seeds; 95 % is a bootstrap over the questions with the seeds held fixed. It says
 what other questions would have shown of these very models. What other seeds would show is another matter: each seed's value stands beside it.
-RLVR's wall seconds are those of its phase: pass rates, worker, steps, checkpoints. Its controls count the seconds of their steps alone, and so get a
-little more. One base serves all seeds.
+Of RLVR's wall seconds all of its phase count, of its controls' those of steps alone, so that these get a little more. One base serves all seeds.
 
 Run:     python experiments/posttrain.py                                 # about 2 minutes on 2 CPU cores: the machinery, no result
          python experiments/posttrain.py --full --device cuda --seeds 0 1 2 --minutes 25       # on GPUs: seeds side by side; the same command goes on
@@ -46,7 +45,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -769,8 +768,8 @@ def paired(first: list[np.ndarray], second: list[np.ndarray]) -> tuple[float, fl
 
 
 def ratio(above: list[np.ndarray], below: list[np.ndarray], pick: np.ndarray) -> np.ndarray:
-    """Sum / sum over the chosen questions, the mean over the seeds of it."""
-    return np.mean([np.asarray(a, float)[pick].sum(1) / np.maximum(np.asarray(b, float)[pick].sum(1), 1e-9) for a, b in zip(above, below)], axis=0)
+    """Sum / sum over the chosen questions, [seeds, draws]."""
+    return np.array([np.asarray(a, float)[pick].sum(1) / np.maximum(np.asarray(b, float)[pick].sum(1), 1e-9) for a, b in zip(above, below)])
 
 
 def verdict(low: float | None, high: float | None, aim: float | None, side: str = "above") -> str:
@@ -793,27 +792,25 @@ class Results(NamedTuple):
 
     def values(self, name: str, domain: str, what: str = "right") -> dict[int, np.ndarray]:
         """seed -> bits, or tokens, of a checkpoint's answers in a domain, or in "all" of them one behind the other."""
-        out = {}
+        out, domains = {}, self.domains if domain == "all" else [domain]
         for seed, found in self.seeds.items():
             mine, asked = found["scores"].get(name, {}).get(what, {}), found["questions"]
-            if not mine or domain != "all" and domain not in mine or domain == "all" and len(mine) < len(asked): continue
-            read = (lambda d, mine=mine, asked=asked: from_hex(mine[d], asked[d])) if what == "right" else (lambda d, mine=mine: np.array(mine[d]))
-            out[seed] = np.concatenate([read(d) for d in (asked if domain == "all" else [domain])])
+            if not all(d in mine for d in domains): continue
+            out[seed] = np.concatenate([from_hex(mine[d], asked[d]) if what == "right" else np.array(mine[d]) for d in domains])
         return out
 
-    def both(self, first: str, second: str, domain: str, what: str = "right") -> tuple[list[int], list[np.ndarray], list[np.ndarray]]:
-        """Seeds that have both checkpoints' answers, and these."""
-        a, b = self.values(first, domain, what), self.values(second, domain, what)
-        seeds = sorted(a.keys() & b.keys())
-        return seeds, [a[seed] for seed in seeds], [b[seed] for seed in seeds]
+    def shared(self, names: tuple[str, ...], domain: str, what: str = "right") -> tuple:
+        """(seeds that have the answers of all these checkpoints, then for each checkpoint a list of them, an array a seed)"""
+        found = [self.values(name, domain, what) for name in names]
+        seeds = sorted(set.intersection(*map(set, found)))
+        return seeds, *([of[seed] for seed in seeds] for of in found)
 
 
 def collect(config: Config) -> Results:
     """All seed files in config.home and config.files. ValueError when there is none, or when they do not belong together."""
-    places = [Path(place) for place in (config.home, *config.files)]
-    paths = [path for place in places for path in ([place] if place.is_file() else sorted(place.glob("seed-*.json")))]
+    paths = [path.resolve() for place in (config.home, *config.files) for path in ([place] if place.is_file() else sorted(place.glob("seed-*.json")))]
     seeds: dict[int, dict] = {}
-    for path in dict.fromkeys(Path(path).resolve() for path in paths):
+    for path in dict.fromkeys(paths):
         found = json.loads(path.read_text())
         first = next(iter(seeds.values()), found)
         if found["seed"] in seeds: raise ValueError(f"{path} is a second file of seed {found['seed']}: take one away.")
@@ -850,34 +847,25 @@ def row_of(kind: str, name: str, domain: str, seeds: list[int], n: int, value: t
                 verdict=verdict(low, high, aim, side))
 
 
-def difference_row(results: Results, name: str, first: str, second: str, domain: str, aim: float | None, side: str) -> dict | None:
-    seeds, a, b = results.both(first, second, domain)
-    if not seeds: return None
-    in_points = lambda values: tuple(100 * x for x in values)
+def difference_rows(results: Results, name: str, first: str, second: str, domain: str, aim: float | None, side: str) -> list[dict]:
+    """One row, in points; none where no seed has both checkpoints."""
+    seeds, a, b = results.shared((first, second), domain)
     by_seed = [100 * float(np.mean(x.astype(float) - y)) for x, y in zip(a, b)]
-    return row_of("difference", name, domain, seeds, len(a[0]), in_points(paired(a, b)), by_seed, aim, side)
+    return [row_of("difference", name, domain, seeds, len(a[0]), tuple(100 * x for x in paired(a, b)), by_seed, aim, side)] if seeds else []
 
 
 def compare(results: Results) -> list[dict]:
-    """All differences between checkpoints, in points: every domain, and all questions together."""
-    rows = [difference_row(results, name, first, second, domain, aim, side) for name, first, second, aim, side in DIFFERENCES
-            for domain in (*results.domains, "all")]
-    return [row for row in rows if row is not None]
+    """All differences between checkpoints: every domain, and all questions together."""
+    return [row for name, first, second, aim, side in DIFFERENCES for domain in (*results.domains, "all")
+            for row in difference_rows(results, name, first, second, domain, aim, side)]
 
 
 def compare_teachers(results: Results) -> list[dict]:
     """Every teacher's lead over RLVR, and what of it the last student has recovered where it leads by LEAD points and surely leads at all."""
-    rows, leading = [], []
-    for turn in (1, 2):
-        for domain in results.domains:
-            row = difference_row(results, f"teacher of round {turn} - RLVR", f"teacher-{domain}-{turn}", "rlvr", domain, LEAD, "above")
-            if row is not None: rows.append(row)
-            if row is not None and turn == 2 and row["mean"] >= LEAD and row["low"] > 0: leading.append(domain)
-    three = {}      # domain -> seeds, students, RLVR, teachers
-    for domain in leading:
-        student, before, teacher = (results.values(name, domain) for name in ("mopd-2", "rlvr", f"teacher-{domain}-2"))
-        seeds = sorted(student.keys() & before.keys() & teacher.keys())
-        if seeds: three[domain] = seeds, *([of[seed].astype(float) for seed in seeds] for of in (student, before, teacher))
+    lead = lambda turn, domain: difference_rows(results, f"teacher of round {turn} - RLVR", f"teacher-{domain}-{turn}", "rlvr", domain, LEAD, "above")
+    first, second = ([row for domain in results.domains for row in lead(turn, domain)] for turn in (1, 2))
+    leading, rows = [row["domain"] for row in second if row["mean"] >= LEAD and row["low"] > 0], first + second
+    three = {d: found for d in leading if (found := results.shared(("mopd-2", "rlvr", f"teacher-{d}-2"), d))[0]}   # seeds, student, RLVR, teacher
     groups = [(domain, [domain]) for domain in three] + ([("all that lead", list(three))] if len(three) > 1 else [])
     for label, domains in groups:
         seeds = sorted(set.intersection(*(set(three[d][0]) for d in domains)))
@@ -890,32 +878,29 @@ def compare_teachers(results: Results) -> list[dict]:
     return rows
 
 
+def drawn_row(kind: str, name: str, seeds: list[int], n: int, of: Callable[[np.ndarray], np.ndarray], aim: float | None, side: str = "above") -> dict:
+    """A row of what `of` makes of chosen questions, [draws, n] -> [seeds, draws]: its mean over the seeds, which is drawn, and each seed's value."""
+    return row_of(kind, name, "all", seeds, n, interval(lambda pick: of(pick).mean(0), n), of(np.arange(n)[None])[:, 0].tolist(), aim, side)
+
+
 def compare_drafts(results: Results) -> list[dict]:
-    """Tokens that a pass of the trunk yields, after boosting less before; and the two lengths themselves, which have no aim."""
+    """Tokens that a pass of the trunk yields, before and after boosting, which has no aim; and the difference."""
     rows, found = [], {seed: x["phases"]["boost"]["drafts"] for seed, x in results.seeds.items() if "boost" in x["phases"]}
-    if not found: return rows
-    for way in ("greedy", "sampled"):
-        part = {name: [[x[f"{name} {way}"][key] for x in found.values()] for key in ("tokens", "passes")] for name in ("before", "after")}
-        n, length = len(part["before"][0][0]), lambda name, pick, part=part: ratio(*part[name], pick)
-        single = lambda name, part=part: [sum(a) / max(sum(b), 1e-9) for a, b in zip(*part[name])]
-        for name in ("before", "after"):
-            value = interval(lambda pick, name=name, length=length: length(name, pick), n)
-            rows.append(row_of("drafts", f"tokens a pass {name} boosting, {way}", "all", list(found), n, value, single(name), None, "above"))
-        value = interval(lambda pick, length=length: length("after", pick) - length("before", pick), n)
-        by_seed = [a - b for a, b in zip(single("after"), single("before"))]
-        rows.append(row_of("drafts", f"tokens a pass, after - before, {way}", "all", list(found), n, value, by_seed, 0.0, "above"))
+    for way in ("greedy", "sampled") if found else ():
+        part = lambda name, key, way=way: [x[f"{name} {way}"][key] for x in found.values()]
+        before, after = (partial(ratio, part(name, "tokens"), part(name, "passes")) for name in ("before", "after"))
+        gain = lambda pick, before=before, after=after: after(pick) - before(pick)
+        rows += [drawn_row("drafts", f"tokens a pass{what}, {way}", list(found), len(part("before", "tokens")[0]), of, aim)
+                 for what, of, aim in ((" before boosting", before, None), (" after boosting", after, None), (", after - before", gain, 0.0))]
     return rows
 
 
 def compare_lengths(results: Results) -> list[dict]:
     """Tokens of answers at medium effort, and of cut ones, divided by regular effort's."""
     rows = []
-    for (name, label), way in itertools.product((("rlvr", "RLVR"), ("mopd-2", "MOPD round 2")), ("medium", "cut")):
-        seeds, a, b = results.both(f"{name}-{way}", name, "all", "tokens")
-        if not seeds: continue
-        value = interval(lambda pick, a=a, b=b: ratio(a, b, pick), len(a[0]))
-        rows.append(row_of("length", f"{label}: tokens, {way} / regular", "all", seeds, len(a[0]), value, [x.sum() / y.sum() for x, y in zip(a, b)],
-                           SHORTER if way == "medium" else None, "below"))
+    for (name, label), (way, aim) in itertools.product((("rlvr", "RLVR"), ("mopd-2", "MOPD round 2")), (("medium", SHORTER), ("cut", None))):
+        seeds, a, b = results.shared((f"{name}-{way}", name), "all", "tokens")
+        if seeds: rows.append(drawn_row("length", f"{label}: tokens, {way} / regular", seeds, len(a[0]), partial(ratio, a, b), aim, "below"))
     return rows
 
 
@@ -957,12 +942,10 @@ def plot(results: Results, rows: list[dict], path: Path) -> None:
         label, colour = BARS[bar]
         at = {d: results.domains.index(d) + (i - (len(there) - 1) / 2) * width for d in by}
         left.bar(list(at.values()), [100 * np.mean([x.mean() for x in by[d].values()]) for d in by], 0.92 * width, color=colour, label=label)
-        dots = [(at[d], 100 * x.mean()) for d in by for x in by[d].values()]
-        left.plot(*zip(*dots), "o", color="0.15", markersize=2.5)
+        left.plot(*zip(*((at[d], 100 * x.mean()) for d in by for x in by[d].values())), "o", color="0.15", markersize=2.5)
     left.set_xticks(range(len(results.domains)), results.domains, rotation=20)
-    top = max([100 * x.mean() for by in there.values() for some in by.values() for x in some.values()], default=1.0)
-    left.set(ylim=(0, 1.25 * max(top, 1.0)), ylabel="held-out questions answered exactly (%)",
-             title="Exact answers by stage and domain (dots: seeds)")
+    top = max([1.0, *(100 * x.mean() for by in there.values() for some in by.values() for x in some.values())])
+    left.set(ylim=(0, 1.25 * top), ylabel="held-out questions answered exactly (%)", title="Exact answers by stage and domain (dots: seeds)")
     left.legend(frameon=False, fontsize=9, ncols=3, loc="upper center")
     colours = {"holds": "#3d8b4f", "does not hold": "#c0392b", "too small to tell": "#d68910", "no aim": "#1f4e8c"}
     for y, row in enumerate(forest):
@@ -973,8 +956,8 @@ def plot(results: Results, rows: list[dict], path: Path) -> None:
     for text, colour in colours.items(): right.plot([], [], color=colour, linewidth=2, label=text)
     right.axvline(0, color="0.3", linewidth=1)
     right.set_yticks(range(len(forest)), [row["name"] for row in forest], fontsize=8)
-    right.set_ylim(-0.7, max(len(forest), 1) + 1.3)
-    right.set(xlabel="difference over all questions (points)", title="95 % over questions; |: seeds, triangle: aim")
+    right.set(ylim=(-0.7, max(len(forest), 1) + 1.3), xlabel="difference over all questions (points)",
+              title="95 % over questions; |: seeds, triangle: aim")
     right.legend(framealpha=1.0, edgecolor="none", fontsize=8, ncols=4, loc="upper center", columnspacing=1.0, handlelength=1.2)
     nvfp4.save_figure(fig, path)
 
