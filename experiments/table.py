@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import tyro
 
@@ -125,16 +125,58 @@ def summary() -> None:
 def percent(x: float, digits: int = 1) -> str: return f"{100 * x:+.{digits}f} %".replace("-", "−")
 
 
+SIZES = {"course": "17M", "micro": "0.4M"}       # parameters of the models of experiments/posttrain.py, with their heads
+
+
+class PostTraining(NamedTuple):
+    """The newest full run of experiments/posttrain.py: its differences over all held-out questions by name, and its settings."""
+    found: dict[str, dict]
+    settings: dict
+
+    @property
+    def size(self) -> str: return SIZES[self.settings["settings"]["model"]]
+
+
+def newest_posttraining(rows: list[dict]) -> PostTraining | None:
+    """A run's rows end with its settings. None before the first."""
+    found, run = {}, None
+    for row in rows:
+        if row["stage"] != "posttrain" or not row["full"]: continue
+        if row["what"] == "comparison" and row["kind"] == "difference" and row["domain"] == "all": found[row["name"]] = row
+        if row["what"] == "settings": found, run = {}, PostTraining(found, row)
+    return run
+
+
+def points(*values: float) -> list[str]: return [f"{x:+.1f}".replace("-", "−") for x in values]
+
+
 def claims_of_posttraining(rows: list[dict]) -> list[tuple]:
-    """The newest full run's differences over all held-out questions."""
-    runs = (row for row in rows if row["stage"] == "posttrain" and row["what"] == "comparison" and row["full"])
-    found = {row["name"]: row for row in runs if row["domain"] == "all"}
+    run = newest_posttraining(rows)
     wanted = {"RLVR - SFT": "RLVR against the SFT that it starts from", "RLVR - more SFT of equal time": "RLVR against more SFT of equal wall time",
               "MOPD round 2 - RLVR": "two rounds of distillation against RLVR"}
-    span = lambda row: f"95 % {row['low']:+.1f} to {row['high']:+.1f}; seeds " + ", ".join(f"{x:+.1f}" for x in row["by_seed"])
-    ours = lambda row: f"{row['mean']:+.1f} points ({span(row)}), {row['n']:,} questions, 17M parameters".replace("-", "−")
-    return [(f"{claim}, exact answers", "no such control", ours(found[name]), "experiments/posttrain.py --full")
-            for name, claim in wanted.items() if name in found]
+    lines = []
+    for row, claim in ((run.found[name], claim) for name, claim in wanted.items() if run and name in run.found):
+        mean, low, high, *seeds = points(row["mean"], row["low"], row["high"], *row["by_seed"])
+        ours = f"{mean} points (95 % {low} to {high}; seeds {', '.join(seeds)}), {row['n']:,} questions, {run.size} parameters"
+        lines.append((f"{claim}, exact answers", "no such control", ours, "experiments/posttrain.py --full"))
+    return lines
+
+
+def table_posttraining(rows: list[dict]) -> str:
+    """Every difference of the newest full run, with what its interval says of its aim."""
+    run = newest_posttraining(rows)
+    if run is None: return "Not measured yet."
+    lines = []
+    for name, row in run.found.items():
+        aim = "" if row["aim"] is None else f"{row['side']} {points(row['aim'])[0]}: {row['verdict']}"
+        mean, low, high, *values = points(row["mean"], row["low"], row["high"], *row["by_seed"])
+        by_seed = ", ".join(f"{seed}: {x}" for seed, x in zip(row["seeds"], values, strict=True))
+        lines.append(f"| {name.replace(' - ', ' − ')} | {mean} | {low} to {high} | {by_seed} | {aim} |")
+    minutes = {seed: sum(mark["seconds"] for mark in phases.values()) / 60 for seed, phases in run.settings["phases"].items()}
+    return (f"{run.size} parameters, {row['n']:,} held-out questions; seeds "
+            f"(minutes of finished phases, on {run.settings['ran_on']}): {', '.join(f'{seed} ({x:.0f})' for seed, x in minutes.items())}. "
+            "In points of questions answered exactly; 95 % is over the questions:\n\n"
+            "| difference | mean | 95 % | by seed | aim |\n|---|---|---|---|---|\n" + "\n".join(lines))
 
 
 def claims_of_inference(rows: list[dict]) -> list[tuple]:
@@ -298,7 +340,7 @@ def command_time(rows: list[dict], command: str) -> str:
 def rendered(text: str, rows: list[dict]) -> str:
     """README text with every marked table and time replaced."""
     for name, table in (("claims", table_claims), ("stages", table_stages), ("speed", table_speed), ("kernels", table_kernels),
-                        ("slice", table_slice), ("training", table_training), ("ranks", table_ranks)):
+                        ("slice", table_slice), ("training", table_training), ("ranks", table_ranks), ("posttraining", table_posttraining)):
         text = re.sub(rf"(<!-- table:{name} -->\n).*?(<!-- end -->)", lambda m, table=table: m[1] + table(rows) + "\n" + m[2], text, flags=re.S)
     text = re.sub(r"(?m)^(    python -m pytest tests -m gpu +)#.*$", lambda m: m[1] + gpu_tests(rows), text)
     return re.sub(r"(?m)^(    make (run|test) +)#.*$", lambda m: m[1] + command_time(rows, m[2]), text)

@@ -31,3 +31,37 @@ def test_the_readme_says_what_the_rows_say():
     """A number typed by hand, or a row recorded without rendering, shows here: run `python experiments/table.py readme`."""
     text = (ROOT / "README.md").read_text()
     assert table.rendered(text, table.read_rows(ROOT / "experiments" / "results.jsonl")) == text
+
+
+def difference(name, domain, mean, seeds, **more):
+    return dict(stage="posttrain", what="comparison", full=True, kind="difference", name=name, domain=domain, n=80, seeds=seeds, mean=mean,
+                low=mean - 1, high=mean + 1, by_seed=[mean] * len(seeds), aim=None, side="above", verdict="no aim") | more
+
+
+def settings(model="course", full=True, **seconds):
+    phases = {seed: {"sft": dict(seconds=x), "rlvr": dict(seconds=60.0)} for seed, x in seconds.items()}
+    return dict(stage="posttrain", what="settings", full=full, settings=dict(model=model), ran_on="a GPU", phases=phases)
+
+
+def test_post_training_is_shown_from_the_newest_full_run_alone():
+    """A comparison that the newest run does not have must not stand beside it with an older run's number, nor that of a run without --full, of one
+    domain, or of rows whose run has no end."""
+    old = [difference("RLVR - SFT", "all", -3.0, [0]), difference("MOPD round 2 - RLVR", "all", 7.0, [0]), settings(s0=60.0)]
+    new = [difference("RLVR - SFT", "tools", 9.0, [0, 2]), difference("RLVR - SFT", "all", 2.54, [0, 2], aim=8.0, verdict="does not hold"),
+           settings(s0=120.0, s2=30.0)]
+    small = [difference("RLVR - SFT", "all", 5.0, [0], full=False), settings(model="micro", full=False, s0=1.0)]
+    cut = [difference("RLVR - SFT", "all", 6.0, [0])]
+    assert table.table_posttraining(small) == table.table_posttraining(cut) == "Not measured yet." and table.claims_of_posttraining(cut) == []
+    said = table.table_posttraining([*old, *new, *small, *cut])
+    assert said.splitlines()[-1] == "| RLVR − SFT | +2.5 | +1.5 to +3.5 | 0: +2.5, 2: +2.5 | above +8.0: does not hold |"
+    assert said.startswith("17M parameters, 80 held-out questions; seeds (minutes of finished phases, on a GPU): s0 (3), s2 (2). ")
+    (claim, _, ours, _), = table.claims_of_posttraining([*old, *new, *small, *cut])
+    assert claim.startswith("RLVR against the SFT") and ours == "+2.5 points (95 % +1.5 to +3.5; seeds +2.5, +2.5), 80 questions, 17M parameters"
+
+
+def test_models_of_post_training_have_the_size_that_is_said():
+    """The trunk and the head, as stage 04 counts them: a width that is changed in posttrain.py shows here."""
+    models, ledger = importlib.import_module("posttrain").MODELS, importlib.import_module("04_model").ledger
+    counts = {name: ledger(config) for name, config in models.items()}
+    said = {name: f"{(x.total + x.mtp) / 1e6:.{0 if x.total > 1e7 else 1}f}M" for name, x in counts.items()}
+    assert table.SIZES == said
