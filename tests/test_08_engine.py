@@ -137,6 +137,23 @@ def copy_of(model):
     return other.eval().requires_grad_(False)
 
 
+def test_a_pass_reads_and_writes_these_states(wild):
+    """Worked by hand: three slots of four entries (k = 2) at their entries 1, 3 and 0. Each token's state goes one entry on, round the ring of its
+    own slot; what is no token has no state, or an idle slot would be read, rounded and written in every pass."""
+    caches = SlotCaches(wild, 3, 40, 2, "snapshot")
+    caches.entry_b.copy_(torch.tensor([1, 3, 0]))
+
+    def states(write, slots, counts, t=3):
+        slot_r = None if slots is None else torch.tensor(slots)
+        return caches.states_of(caches.rows(slot_r, torch.tensor(counts), t, caches.length_b, write)).tolist()
+
+    assert states("each", None, [3, 0, 2]) == [[1, 2, 3, 0], [-1, -1, -1, -1], [8, 9, 10, -1]]
+    assert states("each", [1], [3]) == [[7, 4, 5, 6]]
+    assert states("last", None, [3, 1, 0]) == [1, 7, -1] and states("last", [2, 1, 0], [1, 0, 3]) == [8, -1, 1]
+    caches = SlotCaches(wild, 3, 40, 2, "replay")
+    assert states("none", [2, 1, 0], [1, 0, 3]) == [2, -1, 0]
+
+
 @pytest.mark.parametrize("k", [1, 4, 7])
 def test_snapshot_and_replay_leave_equal_bits(wild, k):
     """fp32 on a CPU: both run the same recurrence, so nothing may differ, flushes included. (Keys differ by rounding: their inputs are equal.)"""
@@ -524,6 +541,21 @@ def test_fp8_keys_are_near_and_scaled(model):
             want = fresh(model, ids[0].tolist())[MICRO.pattern.index("*")]
             for ours, theirs in zip((k[0], v[0]), want): assert ((ours - theirs).abs() <= theirs.abs() / 16 + scale * 2**-9).all()
             assert (h - model.hidden(ids)).abs().max() < 0.3 * h.abs().max()
+
+
+@pytest.mark.parametrize("saturates", [True, False], ids=["own cast", "cast before torch 2.12"])
+def test_keys_beyond_the_range_of_fp8_are_cut_with_their_sign(saturates, monkeypatch):
+    """Worked by hand, scale 1/2: 208 is a value of E4M3, 448 its largest. The cast alone gave NaN beyond 464 before torch 2.12, and one such key makes
+    every later answer of its slot NaN; but a NaN must not become a number."""
+    cast, inf, nan, every = torch.Tensor.to, math.inf, math.nan, torch.tensor([0])
+    older = lambda x, *how, **more: cast(torch.where(x.abs() > 464, nan, x) if how == (torch.float8_e4m3fn,) else x, *how, **more)
+    if not saturates: monkeypatch.setattr(torch.Tensor, "to", older)
+    pool = infer.KVPool(1, 1, 6, 4, torch.float8_e4m3fn)
+    new_rthp = torch.tensor([[[[104.0, 224.0, 240.0, 1e6]], [[-104.0, -225.0, -inf, inf]], [[nan, 0.0, -300.0, 300.0]]]])
+    rows = infer.Rows(every, every, every + 3, torch.ones(1, 3).bool(), torch.tensor([[0, 1, 2]]), 3, True, False, "last")
+    seen = pool.exchange(pool.k_bhsp, new_rthp, 0.5, rows)
+    want = torch.tensor([[[[104.0, 224.0, 224.0, 224.0], [-104.0, -224.0, -224.0, 224.0], [nan, 0.0, -224.0, 224.0]]]])
+    torch.testing.assert_close(seen, want, rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_caches_cost_what_the_report_says():
