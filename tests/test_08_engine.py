@@ -545,7 +545,7 @@ def test_fp8_keys_are_near_and_scaled(model):
 
 @pytest.mark.parametrize("saturates", [True, False], ids=["own cast", "cast before torch 2.12"])
 def test_keys_beyond_the_range_of_fp8_are_cut_with_their_sign(saturates, monkeypatch):
-    """Worked by hand, scale 1/2: 208 is a value of E4M3, 448 its largest. The cast alone gave NaN beyond 464 before torch 2.12, and one such key makes
+    """Worked by hand, scale 1/2: 208 is a value of E4M3, 448 its largest. The cast alone gave NaN beyond 464 before torch 2.12; one such key makes
     every later answer of its slot NaN; but a NaN must not become a number."""
     cast, inf, nan, every = torch.Tensor.to, math.inf, math.nan, torch.tensor([0])
     older = lambda x, *how, **more: cast(torch.where(x.abs() > 464, nan, x) if how == (torch.float8_e4m3fn,) else x, *how, **more)

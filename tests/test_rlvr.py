@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import os
+import queue
 import random
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data import corpus, tasks, worker
+from data import corpus, curriculum, tasks, worker
 
 nvfp4, model04, pretrain, sft, stage = (importlib.import_module(m) for m in ("01_nvfp4", "04_model", "05_pretrain", "06_sft", "07_rlvr_mopd"))
 MICRO = model04.ModelConfig(pattern="MEM*E", d_model=32, vocab=320, heads=2, kv_heads=1, head_dim=16, mamba_heads=16, mamba_head_dim=2, groups=1,
@@ -172,6 +173,13 @@ def test_pools_hold_what_is_solved_sometimes_up_to_the_hardest_level_in_the_band
     easy = [(question("e", "d", 0, "e0"), 0.9), (question("e", "d", 1, "e1"), 0.5)]       # a level above the band comes with a harder one in it
     assert stage.make_pools(easy, (0.1, 0.7))[0] == {"d": {0.9: [easy[0][0]], 0.5: [easy[1][0]]}}
     with pytest.raises(stage.NothingToLearn, match="no prompt is solved sometimes"): stage.make_pools(found[-1:], (0.1, 0.7))
+
+
+def test_the_ends_of_the_band_belong_to_it_and_nothing_solved_sometimes_does_not():
+    """Means of exactly .25 and .5 in a band of .25 to .5; beyond it by an eighth; and a mean of .5 whose prompts are always or never solved."""
+    rates = {("f", 0): (0.0, 0.5), ("f", 1): (0.125,), ("g", 0): (0.75, 0.25), ("g", 1): (0.75, 0.5), ("h", 0): (0.0, 1.0)}
+    found = [(question(family, "d", level, f"{family}{level}{i}"), rate) for (family, level), some in rates.items() for i, rate in enumerate(some)]
+    assert curriculum.levels_to_learn(found, (0.25, 0.5)) == [("d", "f", 0), ("d", "g", 0)]
 
 
 def test_many_questions_are_asked_of_the_levels_worth_learning_and_few_of_the_others(tokenizer, monkeypatch):
@@ -522,6 +530,27 @@ def test_a_worker_that_dies_before_it_begins_is_told_from_one_that_waits(tmp_pat
                       "Worker([0] * 200_000, torch.nn.Identity, torch.nn.Linear(1, 1), 0, 1)\n")
     ended = subprocess.run([sys.executable, script, Path(stage.__file__).parent], capture_output=True, text=True, timeout=100)
     assert ended.returncode == 1 and "the generation worker died before it began, with exit code 1" in ended.stderr
+
+
+class Dying:
+    """A process that is gone, and has an exit code, once somebody has waited for it; alive until it is killed."""
+    def __init__(self, told=False): self.told, self.gone = told, False
+    def kill(self): self.told = True
+    def join(self, timeout=None): self.gone |= self.told
+
+    @property
+    def exitcode(self): return -9 if self.gone else None
+
+
+def test_a_killed_worker_is_waited_for():
+    """Told to go and not gone, it would still hold its memory when the next one starts; and before it is waited for it has no exit code to report."""
+    made = worker.Worker.__new__(worker.Worker)
+    made.shared, made.process, made.ready = types.SimpleNamespace(version=types.SimpleNamespace(value=3)), Dying(), queue.Queue()
+    made.close()
+    assert made.process.gone and made.shared.version.value < 0
+    made.process = Dying(told=True)
+    made.ready.put(None)
+    with pytest.raises(ValueError, match="failed at step 5: it died with exit code -9"): made.take(4)
 
 
 def test_what_a_worker_stumbles_over_reaches_the_user(tokenizer, config, tmp_path):

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,15 @@ def test_an_answer_cannot_move_the_cursor():
 
     _, shown = drive(["x"], answer)
     assert "a␛[2J␇␈␍␡�b\n\tü→" in shown and not {"\x1b", "\x07", "\b", "\r", "\x7f", "\x9b"} & set(shown)
+
+
+def test_all_that_unicode_calls_control_is_shown_and_nothing_else():
+    """Every character of category Cc but line end and tab becomes one that is not; a range that ends early would let the last ones through."""
+    letters = [chr(i) for i in range(0x3000)]
+    changed = [a for a in letters if terminal.clean(a) != a]
+    assert changed == [a for a in letters if unicodedata.category(a) == "Cc" and a not in "\n\t"] and len(changed) == 63
+    assert all(len(terminal.clean(a)) == 1 and unicodedata.category(terminal.clean(a)) == "So" for a in changed)
+    assert terminal.clean("\0\x1f") == "\N{SYMBOL FOR NULL}\N{SYMBOL FOR UNIT SEPARATOR}"
 
 
 def test_the_line_behind_an_answer():
