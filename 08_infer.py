@@ -39,6 +39,7 @@ from data.batches import Batch
 from data.modelopt import ALGORITHMS, is_quantized, read_config, write_configs, write_shards
 from data.prefixes import Prefixes
 from data.tokenizer import Tokenizer
+from data.traces import Traced
 
 nvfp4, mamba, moe, nemotron, pretrain, sft = (importlib.import_module(name) for name in (
     "01_nvfp4", "02_mamba", "03_latentmoe", "04_model", "05_pretrain", "06_sft"))
@@ -49,8 +50,7 @@ nvfp4, mamba, moe, nemotron, pretrain, sft = (importlib.import_module(name) for 
 #     nvfp4  W4A4, weights and inputs in 4 bits      w4a16  4-bit weights only, as a Hopper GPU serves them
 #     fp8    E4M3, one scale a tensor, both          bf16   not quantized
 
-PRECISION = (
-    ("mtp.*", "bf16", "multi-token prediction"),           # first, or its experts would match the next line
+PRECISION = (("mtp.*", "bf16", "multi-token prediction"),           # first, or its experts would match the next line
     ("*.mixer.experts.*", "nvfp4", "routed experts"),
     ("*.mixer.shared_experts.*", "fp8", "shared experts"),
     ("*.mixer.in_proj.weight", "fp8", "Mamba projections"), ("*.mixer.out_proj.weight", "fp8", "Mamba projections"),
@@ -206,8 +206,7 @@ def load_quantized(directory: str | Path, device: str | torch.device = "cpu", dt
         raise ValueError(f"{directory} does not fit its config.json ({len(wrong)} tensors): {'; '.join(wrong[:4])}{'; …' if wrong[4:] else ''}")
 
     model = model.to_empty(device=device).requires_grad_(False)      # 4-bit weights serve, they do not train
-    for name, p in model.named_parameters():
-        if not name.endswith(nemotron.FP32): p.data = p.data.to(dtype)
+    for p in (p for name, p in model.named_parameters() if not name.endswith(nemotron.FP32)): p.data = p.data.to(dtype)
     into = targets(model)
     for name, tensor in nemotron.read_tensors(directory): into[name].copy_(tensor)
     for module in moe.packed_modules(model):
@@ -232,8 +231,7 @@ def random_model(config: nemotron.ModelConfig, recipe: Recipe | None = None, dev
                      "nvfp4": {f"{scales}weight_scale_2": "", f"{scales}input_scale": ""}}[fmt]
             found |= codes | ({scale: ""} if scale else {})
         moe.pack_modules(model, found)
-    for name, p in model.named_parameters():
-        if not name.endswith(nemotron.FP32): p.data = p.data.to(dtype)
+    for p in (p for name, p in model.named_parameters() if not name.endswith(nemotron.FP32)): p.data = p.data.to(dtype)
     model, g = model.to_empty(device=device).requires_grad_(False).eval(), torch.Generator(device).manual_seed(seed)
     size = lambda name, columns: (columns * (config.layers if name.endswith(nemotron.OUTPUTS) else 1)) ** -0.5
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
@@ -612,13 +610,16 @@ def packed_step(caches: SlotCaches, run: Running, forced: float | None = None) -
 
 
 class StepGraphs:
-    """packed_step on a GPU: each Variant runs twice, then becomes a CUDA graph. That repeats kernels with the arguments and addresses it has seen,
-    so a step changes nothing but tensors that stay where they are: pools, lengths, dice, Running. A result lasts until the next call."""
-    def __init__(self, step: Callable[[], Tensor]): self.step, self.recorded, self.out = step, {}, {}
+    """packed_step without Python: of each Variant a few calls are plain, then one is recorded. A CUDA graph repeats kernels with the arguments and
+    addresses they had, a trace (data/traces.py) a CPU's operators. So a step changes nothing but tensors that stay where they are: pools, lengths,
+    dice, Running. A result lasts until the next call."""
+    def __init__(self, caches: SlotCaches, run: Running, forced: float | None = None):
+        self.step, self.recorded, self.out = partial(packed_step, caches, run, forced), {}, {}
+        self.record = pretrain.Recorded if caches.static else partial(Traced, model=caches.model, parts=[caches, run, *filter(None, caches.layers)])
 
     def __call__(self, how: Variant) -> Tensor:
-        self.recorded.setdefault(how, pretrain.Recorded(lambda: self.out.update({how: self.step()})))()
-        return self.out[how]
+        if how not in self.recorded: self.recorded[how] = self.record(lambda: self.out.update({how: (z := self.step())}) or z)
+        return self.out[how] if (z := self.recorded[how]()) is None else z
 
 
 # %% 6 · Engine
@@ -651,7 +652,7 @@ class Request:
 
 
 class Engine:
-    """Serves requests over a fixed number of slots. Not safe for several threads; on_tokens may call submit and cancel. graphs None: on a GPU.
+    """Serves requests over a fixed number of slots. Not safe for several threads; on_tokens may call submit and cancel. graphs: record steps.
     prefix_bytes: of copies behind every prefix_block tokens of a prompt, so that others begin there (0: none). New weights need a new engine.
     ahead: windows between two looks of the host. With more, streams come in bursts and free slots wait; answers stay the same."""
     def __init__(self, model: nemotron.Nemotron, slots: int = 8, capacity: int = 2048, draft: int = 0, rollback: Rollback = "snapshot",
@@ -663,8 +664,10 @@ class Engine:
         self.queue: deque[Request] = deque(); self.owners: dict[int, Request] = {}      # owners: slot -> request, in the order of admission
         self.prefixes, self.block = (Prefixes(prefix_bytes, prefix_block), prefix_block) if prefix_bytes else (None, capacity)
         self.done: list[tuple[int, Answer]] = []; self.left: list[int] = []; self.submitted, self.running = 0, Running(self.caches)
-        if graphs and not self.caches.static: raise ValueError("graphs=True: only a GPU records CUDA graphs; use graphs=None or False.")
-        self.graphs = StepGraphs(partial(packed_step, self.caches, self.running, forced)) if self.caches.static and graphs is not False else None
+        rounds = kv_format == "fp8" or any(isinstance(m, moe.Packed) or getattr(m, "recipe", None) for m in model.modules())
+        can = self.caches.static or self.caches.plain and not rounds        # a CPU's tracer sees neither dice nor the types of bytes
+        if graphs and not can: raise ValueError("graphs=True: a CPU records only steps without drafts and without rounding to fewer bits than fp32.")
+        self.graphs = StepGraphs(self.caches, self.running, forced) if can and graphs is not False else None
 
     def submit(self, prompt: list[int], sampling: nemotron.SamplingParams, on_tokens=None, place: int = 0) -> int:
         """Queues a prompt -> the request's id. on_tokens(id, new ids, new text) streams. place: among the prompts of one seed, for the dice.
@@ -705,9 +708,8 @@ class Engine:
     def run(self, progress: bool = False) -> dict[int, Answer]:
         """Steps until nothing is left -> answers by id."""
         out, bar = {}, tqdm(total=len(self.queue) + len(self.owners), desc="requests", leave=False, disable=not progress)
-        with bar:
-            while not self.idle: out.update(new := self.step()); bar.update(len(new))
-        return out
+        while not self.idle: out.update(new := self.step()); bar.update(len(new))
+        bar.close(); return out
 
     def left_by(self, slot: int, n: int) -> dict[str, Tensor]:
         """Views of all that n tokens leave in a slot that has only read so far. The head has n - 1 cells: the n-th needs the token behind."""
@@ -767,7 +769,7 @@ class Engine:
         caches, run, w, asked = self.caches, self.running, self.caches.draft + 1, [r.sampling for r in decoding]
         n = min(self.ahead, max(r.limit - len(r.answer.ids) for r in decoding)) if len(decoding) == len(self.owners) else 1
         seen = max(len(r.prompt) + len(r.answer.ids) for r in decoding) + n * w - 1
-        if caches.static: seen = min(1 << max(8, (seen - 1).bit_length()), caches.capacity + w - 1)      # ours: 256, 512, ...: few graphs
+        if caches.static or self.graphs: seen = min(1 << max(8, (seen - 1).bit_length()), caches.capacity + w - 1)      # ours: few graphs
         run.how = Variant(seen, caches.plain and len(decoding) == caches.slots, all(s.temperature == 0 for s in asked),
                           any(s.top_p < 1 and s.temperature > 0 for s in asked), any(s.logprobs for s in asked))
         windows = torch.stack([(self.graphs(run.how) if self.graphs else packed_step(caches, run, self.forced)).clone() for _ in range(n)]).tolist()
@@ -813,8 +815,7 @@ class Engine:
         self.done.append((request.id, request.answer))
         self.release(request) if request.slot >= 0 else self.queue.remove(request)
 
-    def release(self, request: Request) -> None:
-        del self.owners[request.slot]; self.left.append(request.slot); request.slot = -1
+    def release(self, request: Request) -> None: del self.owners[request.slot]; self.left.append(request.slot); request.slot = -1
 
     def acceptance(self) -> list[float]:
         """Share of drafts kept at each place, of those whose predecessors were. Windows count whole, and until the host sees an answer's end."""
@@ -963,8 +964,7 @@ def generate_command(config: GenerateConfig) -> None:
     engine, began, alone = config.engine(min(config.slots, len(talks))), time.perf_counter(), len(talks) == 1
     stream = lambda id, ids, piece: terminal.write(terminal.clean(piece))
     answers = generate_with_budget(engine, talks, config.mode, config.sampling, stream if alone else None)
-    for talk, answer in zip(talks, answers):
-        if not alone: terminal.write(f"> {talk[0]['content']}\n{terminal.clean(answer.text)}\n")
+    for talk, answer in () if alone else zip(talks, answers): terminal.write(f"> {talk[0]['content']}\n{terminal.clean(answer.text)}\n")
     tokens, seconds = sum(len(answer.ids) for answer in answers), time.perf_counter() - began
     terminal.write(f"\n{terminal.Reply({}, tokens, seconds, drafts_kept(engine), answers[0].reason if alone else 'stop').line()}\n")
 

@@ -3,9 +3,11 @@
 On a CPU the branch for GPUs is taken, with a step of the states that writes without looking at slots, as 02's Triton twin does.
 """
 import contextlib
+import copy
 import dataclasses
 import importlib
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-mamba, nemotron, infer = (importlib.import_module(m) for m in ("02_mamba", "04_model", "08_infer"))
+mamba, nemotron, infer, traces = (importlib.import_module(m) for m in ("02_mamba", "04_model", "08_infer", "data.traces"))
 Engine, SamplingParams = infer.Engine, infer.SamplingParams
 WAYS = [(0, "snapshot", "fp32"), (2, "snapshot", "fp32"), (2, "replay", "fp16_sr")]
 
@@ -48,7 +50,7 @@ def tensor_step(x, dt, A_h, B, C, D_h, state, doc_b, slots_b, write, state_forma
 def on_a_gpu(monkeypatch, model, slots, capacity, k, rollback, state_format, **options):
     """An engine whose steps take the GPU's branches. Prefill stays a CPU's."""
     monkeypatch.setattr(mamba, "ssd_step", tensor_step)
-    engine = Engine(model, slots, capacity, draft=k, rollback=rollback, state_format=state_format, **options)
+    engine = Engine(model, slots, capacity, draft=k, rollback=rollback, state_format=state_format, graphs=False, **options)
     engine.caches.static, engine.caches.plain = True, False
     return engine
 
@@ -136,7 +138,7 @@ def test_replayed_steps_serve_a_load_as_fresh_ones_do(monkeypatch, model, k, rol
     Python would stay what they were at the recording."""
     def serve(replayed):
         engine = on_a_gpu(monkeypatch, model, 3, 300, k, rollback, state_format, prefill_tokens=9, seed=4)
-        if replayed: engine.graphs = infer.StepGraphs(lambda: infer.packed_step(engine.caches, engine.running))
+        if replayed: engine.graphs = infer.StepGraphs(engine.caches, engine.running)
         Replayed.engine = engine
         rng, out = random.Random(1), {}
         drawn = dict(temperature=0.9, top_p=0.8, logprobs=True) if rollback == "snapshot" else dict(temperature=0.0)      # a trace takes seconds
@@ -193,9 +195,59 @@ def test_a_greedy_step_draws_no_distribution(model):
     assert {"log_softmax", "_log_softmax"} & set(operators(1, logprobs=True))
 
 
-def test_graphs_need_a_gpu(model):
-    if torch.cuda.is_available(): pytest.skip("this machine has one")
-    with pytest.raises(ValueError, match="GPU"): Engine(model, 1, 20, graphs=True)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU records every step")
+def test_a_cpu_records_plain_steps_only(model):
+    """States in other formats, and drafts, are written by code that looks at slots; asked for, that is an error, otherwise steps are plain."""
+    packed = copy.deepcopy(model)
+    packed.backbone.layers[0].mixer.add_module("packed", infer.moe.Packed((16, 16), "fp8"))
+    for model_, options in ((model, dict(draft=2)), (model, dict(state_format="fp16")), (model, dict(kv_format="fp8")), (packed, {}),
+                            (copy.deepcopy(model).bfloat16(), {}), (nemotron.apply_recipe(copy.deepcopy(model), infer.nvfp4.NVFP4Recipe()), {})):
+        with pytest.raises(ValueError, match="only steps without"): Engine(model_, 1, 20, graphs=True, **options)
+        assert Engine(model_, 1, 20, **options).graphs is None
+    assert Engine(model, 1, 20).graphs and Engine(model, 1, 20, graphs=True).graphs and Engine(model, 1, 20, graphs=False).graphs is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU records every step")
+def test_traced_steps_on_a_cpu_serve_a_load_as_plain_ones_do(monkeypatch, model):
+    """To the bit, with requests of four sorts that come, end and are cancelled, slots that are all busy or not, and weights that change in place:
+    what the tracer took for a constant would stay what it was."""
+    model, runs, step = copy.deepcopy(model), [], infer.packed_step
+    monkeypatch.setattr(infer, "packed_step", lambda *args: runs.append(1) or step(*args))
+    before, answers = {name: z.clone() for name, z in model.state_dict().items()}, []
+    recorded = []
+    for plain_calls in (3, 10**9):
+        monkeypatch.setattr(traces, "PLAIN", plain_calls)
+        model.load_state_dict(before)
+        engine, out, rng = Engine(model, 3, 300, prefill_tokens=9, seed=4, ahead=2), {}, random.Random(1)
+        for i, p in enumerate(prompts(11, 5, 2, 20)):
+            sort = dict(temperature=0.0) if i < 5 else dict(temperature=0.9, top_p=0.8 + 0.2 * (i % 2), logprobs=True)
+            engine.submit(p, SamplingParams(max_tokens=rng.randint(8, 30), seed=i, stop_ids=(), **sort), place=i)
+        engine.submit([9] * 245, SamplingParams(max_tokens=20, stop_ids=(), temperature=0.9))      # into the next bucket of cells
+        while not engine.idle:
+            out.update(engine.step())
+            if len(out) == 5: engine.cancel(8)
+            if len(out) == 7:
+                with torch.no_grad():
+                    for p in model.parameters(): p.mul_(1.01)
+        answers.append(({i: (a.ids, a.logprobs, a.reason) for i, a in out.items()}, [z.clone() for z in memory(engine).values()], len(runs)))
+        recorded = recorded or [how for how, one in engine.graphs.recorded.items() if one.trace]
+        runs.clear()
+    (ours, left, traced), (theirs, theirs_left, plain) = answers
+    assert ours == theirs and len(ours) == 12 and all(torch.equal(a, b) for a, b in zip(left, theirs_left, strict=True))
+    assert {how.full for how in recorded} == {how.greedy for how in recorded} == {True, False} and traced < plain - 20
+
+
+def test_a_trace_begins_behind_the_plain_calls_and_loses_none(monkeypatch):
+    """Each call counts once, also the recorded one; and a tensor that is not among the parts is the constant that the docstring warns of."""
+    monkeypatch.setattr(traces, "PLAIN", 2)
+    part, other, runs = SimpleNamespace(count=torch.zeros(()), name="x"), torch.zeros(()), []
+
+    def f():
+        runs.append(1); part.count += 1; other.add_(1)
+        return part.count * 10 + other * 0
+
+    traced = traces.Traced(f, torch.nn.Linear(1, 1), [part])
+    assert [int(traced()) for _ in range(6)] == [10, 20, 30, 40, 50, 60] and len(runs) == 3 and part.count == 6
 
 
 @pytest.mark.gpu
