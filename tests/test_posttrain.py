@@ -595,6 +595,8 @@ def test_the_whole_pipeline_runs_from_the_command_line(tmp_path, monkeypatch, ca
         rates = [sft.cosine_lr(n, done["more-sft"]["steps"], 2, 5e-4, 5e-4 / 15) for n in range(1, done["more-sft"]["steps"] + 1)]
         assert [row["lr"] for row in metrics("more-sft")] == pytest.approx(rates)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "home").rglob("done.json")}
+    # a home that is moved, or carried to another machine, must find its checkpoints
+    assert len(before) > len(experiment.NEEDS) and not any(str(tmp_path) in path.read_text() for path in before)
     command(monkeypatch, *home, *TINY)
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
