@@ -134,8 +134,8 @@ def test_generate_answers_every_line_of_a_file(run, tmp_path, capsys):
 def test_answers_to_a_file_cannot_move_the_cursor_either(run, tmp_path, capsys, monkeypatch):
     """They are not streamed, so they are cleaned at another place than a single answer."""
     (tmp_path / "asked.txt").write_text("one\ntwo\n")
-    monkeypatch.setattr(infer, "generate_with_budget", lambda engine, talks, *rest: [infer.Answer(ids=[3], logprobs=[], finished=True, text="a\x1b[2Jb")
-                                                                                     for _ in talks])
+    answer = infer.Answer(ids=[3], logprobs=[], finished=True, text="a\x1b[2Jb")
+    monkeypatch.setattr(infer, "generate_with_budget", lambda engine, talks, *rest: [answer for _ in talks])
     infer.main(infer.GenerateConfig(model=run, device="cpu", file=tmp_path / "asked.txt", slots=2))
     shown = capsys.readouterr().out
     assert shown.count("a\N{SYMBOL FOR ESCAPE}[2Jb\n") == 2 and "\x1b" not in shown
