@@ -665,7 +665,7 @@ class Engine:
         self.prefixes, self.block = (Prefixes(prefix_bytes, prefix_block), prefix_block) if prefix_bytes else (None, capacity)
         self.done: list[tuple[int, Answer]] = []; self.left: list[int] = []; self.submitted, self.running = 0, Running(self.caches)
         rounds = kv_format == "fp8" or any(isinstance(m, moe.Packed) or getattr(m, "recipe", None) for m in model.modules())
-        can = self.caches.static or self.caches.plain and not rounds        # a CPU's tracer sees neither dice nor the types of bytes
+        can = self.caches.static or self.caches.plain and not (draft or rounds)     # what reads slots on a CPU, or types of bytes
         if graphs and not can: raise ValueError("graphs=True: a CPU records only steps without drafts and without rounding to fewer bits than fp32.")
         self.graphs = StepGraphs(self.caches, self.running, forced) if can and graphs is not False else None
 

@@ -200,8 +200,9 @@ def test_a_cpu_records_plain_steps_only(model):
     """States in other formats, and drafts, are written by code that looks at slots; asked for, that is an error, otherwise steps are plain."""
     packed = copy.deepcopy(model)
     packed.backbone.layers[0].mixer.add_module("packed", infer.moe.Packed((16, 16), "fp8"))
-    for model_, options in ((model, dict(draft=2)), (model, dict(state_format="fp16")), (model, dict(kv_format="fp8")), (packed, {}),
-                            (copy.deepcopy(model).bfloat16(), {}), (nemotron.apply_recipe(copy.deepcopy(model), infer.nvfp4.NVFP4Recipe()), {})):
+    recipe = nemotron.apply_recipe(copy.deepcopy(model), infer.nvfp4.NVFP4Recipe())
+    for model_, options in ((model, dict(draft=2)), (model, dict(draft=2, rollback="replay")), (model, dict(state_format="fp16")),
+                            (model, dict(kv_format="fp8")), (packed, {}), (copy.deepcopy(model).bfloat16(), {}), (recipe, {})):
         with pytest.raises(ValueError, match="only steps without"): Engine(model_, 1, 20, graphs=True, **options)
         assert Engine(model_, 1, 20, **options).graphs is None
     assert Engine(model, 1, 20).graphs and Engine(model, 1, 20, graphs=True).graphs and Engine(model, 1, 20, graphs=False).graphs is None

@@ -190,7 +190,7 @@ def test_a_recorded_step_finds_new_weights_and_no_hook(monkeypatch):
     def serve(replayed):
         model = make()
         engine = on_a_gpu(monkeypatch, model, 2, 60, 2, "snapshot", "fp32")
-        if replayed: engine.graphs = infer.StepGraphs(lambda: infer.packed_step(engine.caches, engine.running))
+        if replayed: engine.graphs = infer.StepGraphs(engine.caches, engine.running)
         Replayed.engine, (calls, _), steps = engine, exchange(model, 9), 0
         for i, prompt in enumerate(prompts(4, 5, 2, 20)):
             engine.submit(prompt, infer.SamplingParams(**vars(replace(FREE, stop_ids=())) | dict(logprobs=True)), place=i)
