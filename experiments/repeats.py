@@ -6,16 +6,19 @@
                quarter without more experts
     turns      single turns of worked tool conversations: share whose local rollouts all earn the same  [PivotRL]
     boosting   stage 07's boosting of the prediction head: tokens a pass of the trunk before and after, with rollouts and packs of each seed
+    effort     stage 06 with each seed: held-out questions right, and tokens an answer, at regular and at medium effort
 
 Run:     python experiments/repeats.py --what balance           # 20 s, CPU; row to out/results.jsonl (--out experiments: committed)
          python experiments/repeats.py --what latent            # 4 min, CPU
          python experiments/repeats.py --what turns             # 1 min, CPU, after `make run` (its checkpoint in out/sft)
          python experiments/repeats.py --what boosting          # 4 min, CPU, after `make run` (its checkpoint in out/mopd)
+         python experiments/repeats.py --what effort            # 8 min, CPU, after `make run` (its checkpoint in out/pretrain)
 Sources: [Ultra] Nemotron 3 Ultra report, arXiv 2606.15007 · [LatentMoE] arXiv 2601.18089 · [PivotRL] arXiv 2603.21383
 """
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import random
 import shutil
@@ -43,10 +46,10 @@ def stage(name: str):
 @dataclass(frozen=True)
 class Config:
     """Repeats one measurement of the stages with several seeds."""
-    what: Literal["balance", "latent", "turns", "boosting"] = "balance"
+    what: Literal["balance", "latent", "turns", "boosting", "effort"] = "balance"
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 0                  # of training; 0 = 1,000 of balance, 80 of latent, stage 07's own of boosting
-    conversations: int = 60         # of turns: worked conversations that are cut into turns
+    conversations: int = 24         # of turns: worked conversations that are cut into turns
     threads: int = 1                # torch threads
     home: Path = ROOT / "out"       # text, and the checkpoints that are read
     out: Path = ROOT / "out"        # results.jsonl in this folder gets the row
@@ -104,8 +107,8 @@ def measure_turns(config: Config) -> dict:
 
 
 def measure_boosting(config: Config) -> dict:
-    """{"before greedy" | "after sampled" | ..: tokens a pass by seed} of the newest student of distillation."""
-    rl, tokens = stage("07_rlvr_mopd"), {}
+    """{"before greedy" | "after sampled" | ..: tokens a pass by seed, and shares of drafts kept by place} of the newest student of distillation."""
+    rl, tokens, kept = stage("07_rlvr_mopd"), {}, {}
     student = rl.pretrain.newest_checkpoint(config.home / "mopd")
     for seed in config.seeds:
         settings = rl.RLConfig(out=config.home / "repeats", seed=seed, fresh=True)
@@ -113,11 +116,27 @@ def measure_boosting(config: Config) -> dict:
         boosted = rl.boost_mtp(student, settings, m)
         for key, found in rl.measure_drafts(dict(before=student, after=boosted), settings, m).items():
             tokens.setdefault(" ".join(key), []).append(round(found.length, 4))
+            kept.setdefault(" ".join(key), []).append([round(share, 4) for share in found.by_draft])
     shutil.rmtree(config.home / "repeats", ignore_errors=True)
-    return dict(base=student.name, steps=m.boost[0], depths=m.depths, tokens_a_pass=tokens)
+    return dict(base=student.name, steps=m.boost[0], depths=m.depths, tokens_a_pass=tokens, kept=kept)
 
 
-MEASURES = dict(balance=measure_balance, latent=measure_latent, turns=measure_turns, boosting=measure_boosting)
+def measure_effort(config: Config) -> dict:
+    """{mode: right answers by seed}, {mode: mean tokens by seed}, and questions a seed. Steps, when given, replace those of stage 06's first part."""
+    sft, home, rows = stage("06_sft"), config.home / "repeats", []
+    base = stage("05_pretrain").newest_checkpoint(config.home / "pretrain")
+    for seed in config.seeds:
+        shutil.rmtree(home, ignore_errors=True)
+        settings = sft.SFTConfig(base=base, out=home, seed=seed)
+        sft.main(replace(settings, steps=(config.steps, 1)) if config.steps else settings)
+        rows.append(json.loads((home / "results.jsonl").read_text().splitlines()[-1])["all"])
+    shutil.rmtree(home, ignore_errors=True)
+    by_mode = lambda of: {mode: [of(row[mode]) for row in rows] for mode in ("regular", "medium")}
+    return dict(base=base.name, questions=[row["regular"]["n"] for row in rows], right=by_mode(lambda x: round(x["accuracy"] * x["n"])),
+                tokens=by_mode(lambda x: x["tokens"]))
+
+
+MEASURES = dict(balance=measure_balance, latent=measure_latent, turns=measure_turns, boosting=measure_boosting, effort=measure_effort)
 
 
 def main(config: Config) -> None:

@@ -1,21 +1,26 @@
-"""Turns result rows into tables: the summary that ends `make run`, and the README's tables, so that no number there is typed by hand.
+"""Turns result rows into tables: the summary that ends `make run`, and the tables of README.md and experiments/README.md, so that no number there
+is typed by hand. The report's claims are in claims.py.
 
 Run:   python experiments/table.py summary     # out/results.jsonl, what the last run of the stages showed
-       python experiments/table.py readme      # experiments/results.jsonl into README.md, between its <!-- table --> marks
-       python experiments/table.py check       # exit code 1 when the README is not what `readme` would write
+       python experiments/table.py readme      # experiments/results.jsonl into both pages, between their <!-- table --> marks
+       python experiments/table.py check       # exit code 1 when a page is not what `readme` would write
 """
 from __future__ import annotations
 
-import json
+import importlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import tyro
 
+claims = importlib.import_module(f"{__package__}.claims" if __package__ else "claims")      # from this folder as a script, or as experiments.table
+newest, newest_posttraining, points, read_rows = claims.newest, claims.newest_posttraining, claims.points, claims.read_rows
+
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "experiments/README.md")
 STAGES = {"01_nvfp4": "what four bits keep and lose, and the three products of a linear layer in 4 bits",
           "02_mamba": "the state space layer as recurrence, attention matrix and chunked scan",
           "03_latentmoe": "a router, experts in a narrow latent, and what keeps them busy",
@@ -24,16 +29,6 @@ STAGES = {"01_nvfp4": "what four bits keep and lose, and the three products of a
           "06_sft": "chat format, reasoning modes, packing, tools: a model that answers",
           "07_rlvr_mopd": "rollouts, GRPO in two processes, teachers, distillation from several of them, a boosted prediction head",
           "08_infer": "a quantized checkpoint, caches in slots, drafts that are verified and rolled back, thinking on a budget, a chat"}
-
-
-def read_rows(path: Path) -> list[dict]:
-    if not path.exists(): raise SystemExit(f"{path} does not exist yet: run `make run` (or experiments/record.py) first.")
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def newest(rows: list[dict], stage: str, **match) -> dict | None:
-    """The last row of a stage whose fields equal `match`."""
-    return next((row for row in reversed(rows) if row["stage"] == stage and all(row.get(k) == v for k, v in match.items())), None)
 
 
 def timing(rows: list[dict], stage: str) -> dict | None:
@@ -122,46 +117,6 @@ def summary() -> None:
     print("\nfigures: " + "\n         ".join(figures))
 
 
-def percent(x: float, digits: int = 1) -> str: return f"{100 * x:+.{digits}f} %".replace("-", "−")
-
-
-SIZES = {"course": "17M", "micro": "0.4M"}       # parameters of the models of experiments/posttrain.py, with their heads
-
-
-class PostTraining(NamedTuple):
-    """The newest full run of experiments/posttrain.py: its differences over all held-out questions by name, and its settings."""
-    found: dict[str, dict]
-    settings: dict
-
-    @property
-    def size(self) -> str: return SIZES[self.settings["settings"]["model"]]
-
-
-def newest_posttraining(rows: list[dict]) -> PostTraining | None:
-    """A run's rows end with its settings. None before the first."""
-    found, run = {}, None
-    for row in rows:
-        if row["stage"] != "posttrain" or not row["full"]: continue
-        if row["what"] == "comparison" and row["kind"] == "difference" and row["domain"] == "all": found[row["name"]] = row
-        if row["what"] == "settings": found, run = {}, PostTraining(found, row)
-    return run
-
-
-def points(*values: float) -> list[str]: return [f"{x:+.1f}".replace("-", "−") for x in values]
-
-
-def claims_of_posttraining(rows: list[dict]) -> list[tuple]:
-    run = newest_posttraining(rows)
-    wanted = {"RLVR - SFT": "RLVR against the SFT that it starts from", "RLVR - more SFT of equal time": "RLVR against more SFT of equal wall time",
-              "MOPD round 2 - RLVR": "two rounds of distillation against RLVR"}
-    lines = []
-    for row, claim in ((run.found[name], claim) for name, claim in wanted.items() if run and name in run.found):
-        mean, low, high, *seeds = points(row["mean"], row["low"], row["high"], *row["by_seed"])
-        ours = f"{mean} points (95 % {low} to {high}; seeds {', '.join(seeds)}), {row['n']:,} questions, {run.size} parameters"
-        lines.append((f"{claim}, exact answers", "no such control", ours, "experiments/posttrain.py --full"))
-    return lines
-
-
 def table_posttraining(rows: list[dict]) -> str:
     """Every difference of the newest full run, with what its interval says of its aim."""
     run = newest_posttraining(rows)
@@ -179,74 +134,10 @@ def table_posttraining(rows: list[dict]) -> str:
             "| difference | mean | 95 % | by seed | aim |\n|---|---|---|---|---|\n" + "\n".join(lines))
 
 
-def claims_of_inference(rows: list[dict]) -> list[tuple]:
-    """Rounded states, and layers chosen by AutoQuantize."""
-    lines, states, bits = [], newest(rows, "ssm_states", what="constant inputs"), newest(rows, "autoquantize")
-    if states:
-        ours = ", ".join(f"{name} {percent(states['by_format'][key]['bias'], 2)}" for name, key in (("nearest", "fp16"), ("stochastic", "fp16_sr")))
-        lines.append((f"SSM states in fp16: bias after {states['steps']:,} constant inputs (published: accuracy lost)",
-                      "2.32 % nearest, −0.32 % stochastic (Ultra)", ours, "experiments/ssm_states.py"))
-    if bits:
-        table = bits["curves"]["Ultra's table"][0]
-        ours = min(bits["curves"]["by KL"], key=lambda x: abs(x["bits"] - table["bits"]))
-        lines.append(("KL to 16 bits: formats chosen by AutoQuantize against those of Ultra's table at as many bits", "not published",
-                      f"{ours['kl']:.1e} against {table['kl']:.1e} nats a token at {ours['bits']:.2f} and {table['bits']:.2f} bits (`tiny`)",
-                      "experiments/autoquantize.py"))
-    return lines
-
-
-def table_claims(rows: list[dict]) -> str:
-    """Claim, the published number, ours, and the command that made ours."""
-    one, two, five = (newest(rows, stage) for stage in ("01_nvfp4", "02_mamba", "05_pretrain"))
-    ultra = newest(rows, "04_model", preset="ultra")
-    off, on = newest(rows, "03_latentmoe", run="loss 1e-4 only"), newest(rows, "03_latentmoe", run="loss 1e-4 and bias 1e-3")
-    lines = [
-        ("parameters of Ultra: total / active / MTP head", "549.3B / 54.99B / 11.22B",
-         " / ".join(f"{ultra[k] / 1e9:.{digits}f}B" for k, digits in (("total", 1), ("active", 2), ("mtp", 2))), "04_model.py --preset ultra"),
-        ("signal to error of NVFP4, rounded to nearest", "20.60 dB (mean over a model's tensors)",
-         f"{one['db']['NVFP4 nearest, Gaussian']:.2f} dB (Gaussian)", "01_nvfp4.py"),
-        ("Four-Over-Six against max scales, squared error of weights", "−16.4 % (Ultra, median)", percent(one["mse_change"]["four_over_six"]),
-         "01_nvfp4.py"),
-        ("full scale sweep against max scales, squared error of weights", "−27.1 % (Ultra)", percent(one["mse_change"]["mse"]), "01_nvfp4.py"),
-        ("context at which an FP8 KV cache outgrows Ultra's fp32 Mamba state", "64K tokens", f"{two['equal_at_tokens']:,} tokens", "02_mamba.py"),
-        ("busiest expert, load over mean, balanced (in brackets: without the selection bias)", "1.2 (Ultra, median)",
-         f"{on['max_violation']:.2f} ({off['max_violation']:.2f}), 16 experts", "03_latentmoe.py"),
-        ("training-loss gap of NVFP4 to full precision, after leaving it for some steps", "0.25 to 0.28 % (Ultra)",
-         f"{percent(five['branch_gap']['nvfp4'], 2)} (`tiny`, a short branch, one seed)", "05_pretrain.py")]
-    gaps = {row["name"]: row for row in rows if row["stage"] == "nvfp4_gap" and row["what"] == "gap"}
-    if whole := gaps.get("whole run after the warmup"):
-        span = "no interval" if whole["low"] is None else f"95 %: {percent(whole['low'], 2)} to {percent(whole['high'], 2)}"
-        seeds = ", ".join(percent(gap, 2) for gap in whole["gaps"])
-        left = [percent(row["mean"], 2) for row in gaps.values() if row["kind"] == "branch"]
-        size = f"preset `{whole['same']['preset']}`, {whole['same']['steps'] * whole['same']['batch'] * whole['same']['seq'] / 1e6:.0f}M tokens"
-        lines += [("the same along a whole run", "below 0.4 % (Ultra)",
-                   f"{percent(whole['mean'], 2)} ({span}; {len(whole['seeds'])} seeds: {seeds}), {size}", "experiments/nvfp4_gap.py"),
-                  ("the same in branches at 25, 50 and 80 % of that run", "0.27, 0.28, 0.25 % (Ultra)", ", ".join(left),
-                   "experiments/nvfp4_gap.py")]
-        if recipe := gaps.get("whole-recipe"):
-            less = {name: row for name, row in gaps.items() if row["kind"] == "difference"}
-            few, many = (f(len(row["seeds"]) for row in less.values()) for f in (min, max))
-            clear = ", ".join(name for name, row in less.items() if row["low"] is not None and row["low"] * row["high"] > 0) or "none"
-            lines.append(("gap of a short branch in 4 bits, and what is added without one ingredient", "each raises the loss (12B)",
-                          f"{percent(recipe['mean'], 2)}; " + ", ".join(f"{name} {percent(row['mean'], 2)}" for name, row in less.items())
-                          + f" (seeds each: {few} to {many}; 95 % interval clear of 0: {clear})", "experiments/nvfp4_gap.py --runs ablations"))
-    if stats := newest(rows, "nvfp4_stats", all=True):
-        share = stats["shares"]["Mamba output: input"]["flushed"]
-        lines.append(("values of Mamba output projections that NVFP4 would flush to zero", "up to 40 % (Nano)",
-                      f"{100 * share:.0f} % of their inputs", "experiments/nvfp4_stats.py --all"))
-    if merged := newest(rows, "merging", what="differences"):
-        show = lambda name: f"{merged['bits_per_byte'][name]['mean']:.3f} ± {merged['bits_per_byte'][name]['half']:.3f}".replace("-", "−")
-        w = merged["window"]
-        ours = f"{show(f'merged right {w} - last')} bits per byte ({show(f'decayed {w} - last')}), `{merged['preset']}`, {merged['seeds']} seeds"
-        lines.append(("merged checkpoints against the last, at a constant rate (in brackets: a real decay against it)", "+2 to +4 points (Super)",
-                      ours, "experiments/merging.py"))
-    if post := newest(rows, "07_rlvr_mopd"):
-        ours = ", ".join(f"{post['drafts'][f'before {way}']:.2f} to {post['drafts'][f'after {way}']:.2f} {way}" for way in ("greedy", "sampled"))
-        lines.append(("tokens a pass of the trunk yields with 7 drafts of the MTP head, before and after boosting",
-                      "4.39 to 4.58 greedy, 4.17 to 4.33 sampled (Ultra)", f"{ours} (`tiny`, one run)", "07_rlvr_mopd.py"))
-    lines += claims_of_posttraining(rows) + claims_of_inference(rows)
-    head = "| claim | published | here | command |\n|---|---|---|---|\n"
-    return head + "\n".join(f"| {claim} | {published} | {ours} | `{command}` |" for claim, published, ours, command in lines)
+def table_of_all(rows: list[dict]) -> str:
+    """Every claim, then the controls that nobody has published."""
+    return (f"{claims.tally(rows)}\n\n{claims.table_all(rows)}\n\nControls and choices without a published figure:\n\n"
+            f"{claims.table_all(rows, claims.CONTROLS)}")
 
 
 def table_stages(rows: list[dict]) -> str:
@@ -338,9 +229,10 @@ def command_time(rows: list[dict], command: str) -> str:
 
 
 def rendered(text: str, rows: list[dict]) -> str:
-    """README text with every marked table and time replaced."""
-    for name, table in (("claims", table_claims), ("stages", table_stages), ("speed", table_speed), ("kernels", table_kernels),
-                        ("slice", table_slice), ("training", table_training), ("ranks", table_ranks), ("posttraining", table_posttraining)):
+    """A page's text with every marked table and time replaced."""
+    for name, table in (("claims", claims.table_best), ("all claims", table_of_all), ("stages", table_stages), ("speed", table_speed),
+                        ("kernels", table_kernels), ("slice", table_slice), ("training", table_training), ("ranks", table_ranks),
+                        ("posttraining", table_posttraining)):
         text = re.sub(rf"(<!-- table:{name} -->\n).*?(<!-- end -->)", lambda m, table=table: m[1] + table(rows) + "\n" + m[2], text, flags=re.S)
     text = re.sub(r"(?m)^(    python -m pytest tests -m gpu +)#.*$", lambda m: m[1] + gpu_tests(rows), text)
     return re.sub(r"(?m)^(    make (run|test) +)#.*$", lambda m: m[1] + command_time(rows, m[2]), text)
@@ -354,10 +246,12 @@ class Config:
 
 def main(config: Config) -> None:
     if config.what == "summary": return summary()
-    readme = ROOT / "README.md"
-    text = rendered(readme.read_text(), read_rows(ROOT / "experiments" / "results.jsonl"))
-    if config.what == "readme": readme.write_text(text)
-    elif text != readme.read_text(): raise SystemExit("README.md is not what the rows say: run `python experiments/table.py readme`.")
+    rows = read_rows(ROOT / "experiments" / "results.jsonl")
+    for name in PAGES:
+        page = ROOT / name
+        text = rendered(page.read_text(), rows)
+        if config.what == "readme": page.write_text(text)
+        elif text != page.read_text(): raise SystemExit(f"{name} is not what the rows say: run `python experiments/table.py readme`.")
 
 
 if __name__ == "__main__":

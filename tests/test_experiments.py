@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("tyro")      # a GPU machine may lack what only commands need
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
-bench, table = importlib.import_module("bench_cpu"), importlib.import_module("table")
+bench, claims, table = (importlib.import_module(name) for name in ("bench_cpu", "claims", "table"))
 
 
 def test_contenders_take_turns():
@@ -27,10 +27,11 @@ def test_the_peer_is_what_it_is_said_to_be():
     assert peer.config._experts_implementation == "grouped_mm" and peer.config.chunk_size == 64
 
 
-def test_the_readme_says_what_the_rows_say():
+@pytest.mark.parametrize("page", table.PAGES)
+def test_the_pages_say_what_the_rows_say(page):
     """A number typed by hand, or a row recorded without rendering, shows here: run `python experiments/table.py readme`."""
-    text = (ROOT / "README.md").read_text()
-    assert table.rendered(text, table.read_rows(ROOT / "experiments" / "results.jsonl")) == text
+    text = (ROOT / page).read_text()
+    assert "<!-- table:" in text and table.rendered(text, table.read_rows(ROOT / "experiments" / "results.jsonl")) == text
 
 
 def difference(name, domain, mean, seeds, **more):
@@ -51,12 +52,12 @@ def test_post_training_is_shown_from_the_newest_full_run_alone():
            settings(s0=120.0, s2=30.0)]
     small = [difference("RLVR - SFT", "all", 5.0, [0], full=False), settings(model="micro", full=False, s0=1.0)]
     cut = [difference("RLVR - SFT", "all", 6.0, [0])]
-    assert table.table_posttraining(small) == table.table_posttraining(cut) == "Not measured yet." and table.claims_of_posttraining(cut) == []
+    assert table.table_posttraining(small) == table.table_posttraining(cut) == "Not measured yet."
     said = table.table_posttraining([*old, *new, *small, *cut])
     assert said.splitlines()[-1] == "| RLVR − SFT | +2.5 | +1.5 to +3.5 | 0: +2.5, 2: +2.5 | above +8.0: does not hold |"
     assert said.startswith("17M parameters, 80 held-out questions; seeds (minutes of finished phases, on a GPU): s0 (3), s2 (2). ")
-    (claim, _, ours, _), = table.claims_of_posttraining([*old, *new, *small, *cut])
-    assert claim.startswith("RLVR against the SFT") and ours == "+2.5 points (95 % +1.5 to +3.5; seeds +2.5, +2.5), 80 questions, 17M parameters"
+    found = [claim.verdict([*old, *new, *small, *cut]) for claim in claims.CLAIMS if claim.text.startswith("RLVR raises accuracy")]
+    assert found[0].ours == "+2.5 points (95 % +1.5 to +3.5; seeds +2.5, +2.5), 80 questions, 17M parameters" and found[0].verdict == claims.HOLDS
 
 
 def test_models_of_post_training_have_the_size_that_is_said():
@@ -64,4 +65,4 @@ def test_models_of_post_training_have_the_size_that_is_said():
     models, ledger = importlib.import_module("posttrain").MODELS, importlib.import_module("04_model").ledger
     counts = {name: ledger(config) for name, config in models.items()}
     said = {name: f"{(x.total + x.mtp) / 1e6:.{0 if x.total > 1e7 else 1}f}M" for name, x in counts.items()}
-    assert table.SIZES == said
+    assert claims.SIZES == said
