@@ -10,9 +10,9 @@
 
 Run:     python experiments/repeats.py --what balance           # 20 s, CPU; row to out/results.jsonl (--out experiments: committed)
          python experiments/repeats.py --what latent            # 4 min, CPU
-         python experiments/repeats.py --what turns             # 1 min, CPU, after `make run` (its checkpoint in out/sft)
+         python experiments/repeats.py --what turns             # 2 min, CPU, after `make run` (its checkpoint in out/sft)
          python experiments/repeats.py --what boosting          # 4 min, CPU, after `make run` (its checkpoint in out/mopd)
-         python experiments/repeats.py --what effort            # 8 min, CPU, after `make run` (its checkpoint in out/pretrain)
+         python experiments/repeats.py --what effort            # 17 min, CPU, after `make run` (its checkpoint in out/pretrain)
 Sources: [Ultra] Nemotron 3 Ultra report, arXiv 2606.15007 · [LatentMoE] arXiv 2601.18089 · [PivotRL] arXiv 2603.21383
 """
 from __future__ import annotations

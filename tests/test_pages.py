@@ -77,3 +77,16 @@ def test_a_stale_page_and_a_place_that_is_gone_are_refused(tmp_path, monkeypatch
     monkeypatch.setattr(pages, "ROOT", ROOT)
     monkeypatch.setattr(pages, "SILENT", [pages.Question("A", "b", "c", "d", (("04_model.py", "def no_such_function"),))])
     with pytest.raises(ValueError, match="no_such_function"): pages.open_questions()
+
+
+def test_the_figure_of_the_pipeline_is_made_of_the_newest_rows():
+    """Its lines follow the rows, and the committed file holds those of today's: run `python experiments/plot_pipeline.py`."""
+    from PIL import Image
+    plot = importlib.import_module("plot_pipeline")
+    rows = plot.claims.read_rows(ROOT / "experiments" / "results.jsonl")
+    page = ROOT / "docs" / "pipeline.png"
+    with Image.open(page) as image: assert image.text["Description"] == plot.described(rows)
+    assert 10_000 < page.stat().st_size < 100_000
+    changed = plot.boxes([*rows, {**plot.newest(rows, "05_pretrain"), "loss": 9.87}])
+    assert changed["Base"][2] == "loss 9.87" and changed["SFT"] == plot.boxes(rows)["SFT"]
+    with pytest.raises(ValueError, match="no row of 08_infer"): plot.boxes([row for row in rows if row["stage"] != "08_infer"])
