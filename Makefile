@@ -1,5 +1,6 @@
 # make run    installs into .venv, runs the stages in order on preset tiny, prints one table
 # make test   the same set-up, then the whole suite
+# make notebooks   the same set-up, then executes notebooks/src and writes the notebooks
 # make run PYTHON=python3                  use an interpreter that already has torch, and make no .venv
 # make run TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"     choose the torch wheel (here: the CPU build)
 TORCH       ?= torch==2.13.0
@@ -13,7 +14,7 @@ PY    := .venv/bin/python
 SETUP := .venv/.installed
 endif
 
-.PHONY: run test check clean
+.PHONY: run test notebooks check clean
 run: $(SETUP)
 	@mkdir -p out && rm -f out/results.jsonl
 	$(PY) 01_nvfp4.py
@@ -30,6 +31,9 @@ run: $(SETUP)
 
 test: $(SETUP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+
+notebooks: $(SETUP)
+	OMP_NUM_THREADS=1 $(PY) notebooks/build.py $(NOTEBOOKS)
 
 check: $(SETUP)
 	$(PY) -m ruff check .
