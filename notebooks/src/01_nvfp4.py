@@ -59,14 +59,14 @@ y = row[0, :16] * nvfp4.encode_scale(stored, s_dec)        # what E2M1 gets to s
 code = nvfp4.unpack(q.codes)[0, :16].int()
 back = q.dequantize()[0, :16]
 nvfp4.print_table("the 16 numbers of block 0", ["value", "value / scale", "code", "on the grid", "decoded", "error"],
-                  [[f"{row[0, i]:+.4f}", f"{y[i]:+.3f}", f"{code[i]:04b}", f"{nvfp4.E2M1[code[i]]:+g}", f"{back[i]:+.4f}", f"{back[i] - row[0, i]:+.4f}"]
-                   for i in range(16)])
+                  [[f"{row[0, i]:+.4f}", f"{y[i]:+.3f}", f"{code[i]:04b}", f"{nvfp4.E2M1[code[i]]:+g}", f"{back[i]:+.4f}",
+                    f"{back[i] - row[0, i]:+.4f}"] for i in range(16)])
 print(f"\n{8 * q.nbytes} bits for 32 values: 4 bits a code, 8 bits a block of 16, and 32 bits once")
 
 # %% [markdown]
 # Read the column *value / scale*. The largest magnitude lands at 6, or a little beside it, because E4M3 had to round the scale. If it lands above 6
-# it is cut: that is a bias which no rounding scheme repairs, and the stage counts how often it happens (half of all blocks, by up to 6 %). Also look at
-# the smallest values: anything below a quarter becomes zero, but a zero that remembers its sign (code `1000` is −0).
+# it is cut: that is a bias which no rounding scheme repairs, and the stage counts how often it happens (half of all blocks, by up to 6 %). Also
+# look at the smallest values: anything below a quarter becomes zero, but a zero that remembers its sign (code `1000` is −0).
 #
 # The same picture for six blocks: each brings its own ruler.
 
@@ -77,9 +77,9 @@ Image(pictures / "01_grid.png")
 # %% [markdown]
 # ## Three rungs
 #
-# The same arithmetic three times: spelled out from the definition, as the fast function of [§6 · Quantize](../01_nvfp4.py), and as its Triton kernel
-# (on a machine without a GPU in Triton's interpreter). Four bits leave no room for "almost equal": the codes have to agree **bit for bit**. Products of
-# codes, in [§8 · Products](../01_nvfp4.py), may differ in the order of their sums only.
+# The same arithmetic three times: spelled out from the definition, as the fast function of [§6 · Quantize](../01_nvfp4.py), and as its Triton
+# kernel (on a machine without a GPU in Triton's interpreter). Four bits leave no room for "almost equal": the codes have to agree **bit for bit**.
+# Products of codes, in [§8 · Products](../01_nvfp4.py), may differ in the order of their sums only.
 
 # %%
 x = nvfp4.sample("Student-t3", 64, 64, seed=1)
@@ -115,8 +115,8 @@ nvfp4.print_table("three rungs of one format", ["rung", "codes that differ", "pr
 # - **Hadamard, nearest**: the transform first spreads the outlier over its block,
 # - **Hadamard, stochastic**: what the weight gradient's operand gets.
 #
-# Two numbers tell the story. *Signal to error* says how wrong the fifteen are. *Gain* says how much of them comes back on average: 1 is unbiased, 0 means
-# that they are gone. Before you run it: which of the two do you expect the Hadamard transform to help?
+# Two numbers tell the story. *Signal to error* says how wrong the fifteen are. *Gain* says how much of them comes back on average: 1 is unbiased, 0
+# means that they are gone. Before you run it: which of the two do you expect the Hadamard transform to help?
 
 # %% tags=["parameters"]
 count = 4096                                  # blocks for each size of the outlier (tiny: 256)
@@ -140,7 +140,7 @@ for size in sizes:
         found[way, size] = nvfp4.decibels(nvfp4.relative_error(true, got)), ((true * got).sum() / true.square().sum()).item()
 
 for i, (title, form) in enumerate((("signal to error of the fifteen neighbours, dB", "{:.1f}"), ("gain of the fifteen neighbours", "{:.2f}"))):
-    nvfp4.print_table(title, ["outlier"] + [str(size) for size in sizes], [[way, *(form.format(found[way, size][i]) for size in sizes)] for way in ways])
+    nvfp4.print_table(title, ["outlier", *map(str, sizes)], [[way, *(form.format(found[way, size][i]) for size in sizes)] for way in ways])
 
 # %%
 fig, (left, right) = nvfp4.new_figure(columns=2)
@@ -159,10 +159,10 @@ Image(pictures / "01_outlier.png")
 # Stochastic rounding is wrong by more every single time, and right on average at every size: over many optimizer steps its errors cancel, while a
 # gain of 0 stays 0. (That the last curve ends a little below 1 is the cut at 6 again, exercise 3.)
 #
-# And the Hadamard transform alone does not help here: it makes the loud value share its size with everybody, so that everybody is rounded with coarse
-# steps, and what comes back depends on where that common size falls between two of them. What it does change is the shape of a whole tensor: after it, the
-# blocks of a heavy-tailed one look Gaussian (`plot_hadamard`). NVIDIA found that a 12B model needs it for the weight gradient; the ablation of this
-# repository is too small to tell (first table of the [README](../README.md)).
+# And the Hadamard transform alone does not help here: it makes the loud value share its size with everybody, so that everybody is rounded with
+# coarse steps, and what comes back depends on where that common size falls between two of them. What it does change is the shape of a whole tensor:
+# after it, the blocks of a heavy-tailed one look Gaussian (`plot_hadamard`). NVIDIA found that a 12B model needs it for the weight gradient; the
+# ablation of this repository is too small to tell (first table of the [README](../README.md)).
 
 # %% [markdown]
 # ## The report and our measurement
@@ -176,8 +176,10 @@ sheet = nvfp4.sample("Gaussian", 96, 4096)
 base = nvfp4.relative_error(sheet, nvfp4.quantize(sheet).dequantize())
 change = {rule: nvfp4.relative_error(sheet, nvfp4.quantize(sheet, scale_rule=rule).dequantize()) / base - 1 for rule in ("four_over_six", "mse")}
 nvfp4.print_table("published, recorded, computed here", ["", "published", "recorded row", "this cell"], [
-    ["signal to error, nearest  [INT v.s. FP: mean over a model's tensors]", "20.60 dB", f"{ours['db']['NVFP4 nearest, Gaussian']} dB", f"{nvfp4.decibels(base):.2f} dB"],
-    ["Four-Over-Six against max, squared error  [Ultra: median of weights]", "-16.4 %", f"{ours['mse_change']['four_over_six']:.1%}", f"{change['four_over_six']:.1%}"],
+    ["signal to error, nearest  [INT v.s. FP: mean over a model's tensors]", "20.60 dB", f"{ours['db']['NVFP4 nearest, Gaussian']} dB",
+     f"{nvfp4.decibels(base):.2f} dB"],
+    ["Four-Over-Six against max, squared error  [Ultra: median of weights]", "-16.4 %", f"{ours['mse_change']['four_over_six']:.1%}",
+     f"{change['four_over_six']:.1%}"],
     ["full sweep against max, squared error  [Ultra]", "-27.1 %", f"{ours['mse_change']['mse']:.1%}", f"{change['mse']:.1%}"],
     ["sum of 4,096 small gradients, nearest: bias", "-", f"{ours['bias_percent']['nearest']:.1f} %", "-"],
     ["the same, stochastic", "-", f"{ours['bias_percent']['stochastic']:+.2f} %", "-"]])
@@ -185,13 +187,13 @@ nvfp4.print_table("published, recorded, computed here", ["", "published", "recor
 # %% [markdown]
 # ## Exercises
 #
-# **1. What does the second byte cost?** A block scale in E4M3 is itself rounded. Suppose that scales were exact. How many decibels would Gaussian data
-# gain? Guess first: 0.1, 1 or 5?
+# **1. What does the second byte cost?** A block scale in E4M3 is itself rounded. Suppose that scales were exact. How many decibels would Gaussian
+# data gain? Guess first: 0.1, 1 or 5?
 #
 # <details><summary>Answer</summary>
 #
-# About a tenth of a decibel: a scale that is off by up to 6 % stretches the ruler a little, and the ruler's own steps are much coarser than that. So one
-# byte is enough, and an fp32 scale for each block (1.5 more bits a value) would buy nearly nothing.
+# About a tenth of a decibel: a scale that is off by up to 6 % stretches the ruler a little, and the ruler's own steps are much coarser than that.
+# So one byte is enough, and an fp32 scale for each block (1.5 more bits a value) would buy nearly nothing.
 #
 # ```python
 # sheet = nvfp4.sample("Gaussian", 512, 4096)
@@ -205,8 +207,8 @@ nvfp4.print_table("published, recorded, computed here", ["", "published", "recor
 #
 # </details>
 #
-# **2. Why not transpose the codes?** The weight gradient contracts over tokens, the forward product over features. `nvfp4.quantize(x).T` would spare a
-# second quantization of X. What happens, and why are *weights* different? ([§9 · The three products](../01_nvfp4.py))
+# **2. Why not transpose the codes?** The weight gradient contracts over tokens, the forward product over features. `nvfp4.quantize(x).T` would
+# spare a second quantization of X. What happens, and why are *weights* different? ([§9 · The three products](../01_nvfp4.py))
 #
 # <details><summary>Answer</summary>
 #
@@ -224,13 +226,13 @@ nvfp4.print_table("published, recorded, computed here", ["", "published", "recor
 #
 # </details>
 #
-# **3. How fast does noise average out, and what stays?** Average *n* stochastic roundings of one matrix with different seeds. Plot the error against *n*.
-# It falls as 1/√n at first. Does it go to zero?
+# **3. How fast does noise average out, and what stays?** Average *n* stochastic roundings of one matrix with different seeds. Plot the error
+# against *n*. It falls as 1/√n at first. Does it go to zero?
 #
 # <details><summary>Answer</summary>
 #
-# No. Sixteen times as many draws divide the error by almost four, but a floor remains: the values that were cut to 6 because E4M3 rounded their block's scale
-# down come back too small in every draw. `measure_saturation` in [§12 · Measurements](../01_nvfp4.py) counts them.
+# No. Sixteen times as many draws divide the error by almost four, but a floor remains: the values that were cut to 6 because E4M3 rounded their
+# block's scale down come back too small in every draw. `measure_saturation` in [§12 · Measurements](../01_nvfp4.py) counts them.
 #
 # ```python
 # small = nvfp4.sample("Gaussian", 64, 1024)

@@ -34,8 +34,9 @@ inference = torch.set_grad_enabled(False)      # nothing here is trained
 # %% [markdown]
 # ## The question
 #
-# Attention remembers everything: each token leaves a key and a value in every attention layer, and a million tokens leave a million of them. A Mamba-2 layer keeps one
-# matrix a head, of the same size after ten tokens and after a million; 48 of Ultra's 108 layers work like that, and only 12 attend. Two questions follow:
+# Attention remembers everything: each token leaves a key and a value in every attention layer, and a million tokens leave a million of them. A
+# Mamba-2 layer keeps one matrix a head, of the same size after ten tokens and after a million; 48 of Ultra's 108 layers work like that, and only 12
+# attend. Two questions follow:
 #
 # - A recurrence takes one token after the other. How do you train it on a GPU, which wants everything at once?
 # - What fits into a matrix, and what happens when it is full?
@@ -47,8 +48,9 @@ inference = torch.set_grad_enabled(False)      # nothing here is trained
 #
 #     S_t = exp(dt_t A) S_(t-1) + dt_t x_t B_t          y_t = C_t S_t
 #
-# Take A = −ln 2 and B = C = 1. Then a step of 1 halves the state, and a step of 2 quarters it. The step is computed from the token itself, and does two
-# things at once: a token with a large step is *written strongly* and *wipes out what was there*. That is the selection in "selective state space".
+# Take A = −ln 2 and B = C = 1. Then a step of 1 halves the state, and a step of 2 quarters it. The step is computed from the token itself, and does
+# two things at once: a token with a large step is *written strongly* and *wipes out what was there*. That is the selection in "selective state
+# space".
 
 # %%
 x = torch.tensor([1.0, 0, 0, 2, 0])
@@ -73,17 +75,16 @@ nvfp4.print_table("the same map as a matrix M: row = token that reads, column = 
 print(f"\nM x = {[round(v, 5) for v in (M @ x).tolist()]}")
 
 # %% [markdown]
-# Row 4, column 0 says what token 4 still sees of token 0: 1/2 · 1/2 · 1/4 · 1/2. Column 3 is twice as strong, because token 3 had twice the step. Everything
-# above the diagonal is 0, the future. The whole layer is a causal
-# attention matrix whose entries fade with distance, so there are two ways to compute it: walk (linear work, no parallelism) or multiply by M (parallel,
-# quadratic work).
+# Row 4, column 0 says what token 4 still sees of token 0: 1/2 · 1/2 · 1/4 · 1/2. Column 3 is twice as strong, because token 3 had twice the step.
+# Everything above the diagonal is 0, the future. The whole layer is a causal attention matrix whose entries fade with distance, so there are two
+# ways to compute it: walk (linear work, no parallelism) or multiply by M (parallel, quadratic work).
 
 # %% [markdown]
 # ## Three rungs
 #
-# The third way takes the better half of each: [§4 · Chunked scan](../02_mamba.py) multiplies by M inside chunks of, say, 128 tokens and walks from chunk
-# to chunk with the state. All are the same function. Below: four heads, documents packed into one row (a new document starts from an empty state), an odd
-# number of tokens.
+# The third way takes the better half of each: [§4 · Chunked scan](../02_mamba.py) multiplies by M inside chunks of, say, 128 tokens and walks from
+# chunk to chunk with the state. All are the same function. Below: four heads, documents packed into one row (a new document starts from an empty
+# state), an odd number of tokens.
 
 # %%
 inputs = mamba.random_inputs(1, 77, 4, 16, 2, 16, seed=0)
@@ -98,21 +99,23 @@ if importlib.util.find_spec("triton"): lines.append(["Triton kernel", "-", gap(m
 nvfp4.print_table("largest difference to the recurrence in fp64, of the largest output", ["rung", "in fp64", "in fp32"], lines)
 
 # %% [markdown]
-# In fp64 they are equal to the last digits. In fp32 length matters: the quadratic form subtracts sums of decays that grow with the sequence, and the small
-# difference of two large numbers has few digits left. The chunked scan starts its sums anew with every chunk. So it is faster than the
+# In fp64 they are equal to the last digits. In fp32 length matters: the quadratic form subtracts sums of decays that grow with the sequence, and
+# the small difference of two large numbers has few digits left. The chunked scan starts its sums anew with every chunk. So it is faster than the
 # quadratic form and more exact:
 
 # %%
 lengths = [64, 256, 1024]
 errors = mamba.measure_rungs(lengths)
-nvfp4.print_table("largest error in fp32, by length", ["tokens", *mamba.RUNGS], [[f"{row['length']:,}", *(f"{row[f'{name}_error']:.1e}" for name in mamba.RUNGS)] for row in errors])
+nvfp4.print_table("largest error in fp32, by length", ["tokens", *mamba.RUNGS],
+                  [[f"{row['length']:,}", *(f"{row[f'{name}_error']:.1e}" for name in mamba.RUNGS)] for row in errors])
 
 # %% [markdown]
 # ## Experiment: fill the memory
 #
-# Write *pairs* (key → value) into one state and ask for them again. B is the key while writing, C while reading, and with decay 0 nothing fades, so that
-# the state is a plain sum of outer products: `S = sum x_i B_iᵀ`, and reading with key j gives `x_j` plus whatever the other keys, not being quite orthogonal,
-# bring along. A reading counts as right when the answer lies nearest to the value that was stored under this key, among all stored.
+# Write *pairs* (key → value) into one state and ask for them again. B is the key while writing, C while reading, and with decay 0 nothing fades, so
+# that the state is a plain sum of outer products: `S = sum x_i B_iᵀ`, and reading with key j gives `x_j` plus whatever the other keys, not being
+# quite orthogonal, bring along. A reading counts as right when the answer lies nearest to the value that was stored under this key, among all
+# stored.
 #
 # You vary **the state's width n** (Ultra: 128). Before running: how many pairs will 32 numbers a row hold?
 
@@ -154,11 +157,12 @@ nvfp4.save_figure(fig, pictures / "02_recall.png")
 Image(pictures / "02_recall.png")
 
 # %% [markdown]
-# The curves fall together when you divide by the width: a state holds about as many pairs as it is wide, and then blurs **everything**, old and new alike.
-# More memory a head is the only cure, and it is what attention has: its memory grows with the text. That is why a hybrid keeps a few attention layers for
-# exact recall, and leaves the rest of the work to layers whose memory costs nothing more.
+# The curves fall together when you divide by the width: a state holds about as many pairs as it is wide, and then blurs **everything**, old and new
+# alike. More memory a head is the only cure, and it is what attention has: its memory grows with the text. That is why a hybrid keeps a few
+# attention layers for exact recall, and leaves the rest of the work to layers whose memory costs nothing more.
 #
-# A fresh layer does not run with decay 0. Its heads start with half-lives between less than a token and hundreds of tokens, so they forget at many speeds:
+# A fresh layer does not run with decay 0. Its heads start with half-lives between less than a token and hundreds of tokens, so they forget at many
+# speeds:
 
 # %%
 half, _ = mamba.measure_memory(heads=256, length=64)
@@ -169,8 +173,9 @@ nvfp4.print_table("half-lives of the 256 heads of a fresh layer, tokens", ["shar
 # %% [markdown]
 # ## The report and our measurement
 #
-# A state that never grows is large from the first token on, and kept in fp32. When is it the smaller cache? The report: Ultra's fp32 Mamba cache is larger than the
-# FP8 keys and values *below 65,536 tokens*. Beside it what the layer itself says (built on the meta device, without memory), and the newest recorded row.
+# A state that never grows is large from the first token on, and kept in fp32. When is it the smaller cache? The report: Ultra's fp32 Mamba cache is
+# larger than the FP8 keys and values *below 65,536 tokens*. Beside it what the layer itself says (built on the meta device, without memory), and
+# the newest recorded row.
 
 # %%
 rows = table.read_rows(root / "experiments" / "results.jsonl")
@@ -185,13 +190,14 @@ nvfp4.print_table("Ultra's caches for one sequence", ["", "published", "recorded
 # %% [markdown]
 # ## Exercises
 #
-# **1. Is forgetting a weakness?** Write 256 pairs into a state of width 16, sixteen times its size, and ask for the *last eight* only. Nothing decays: how many come
-# back? Now let a pair lose half of its strength every 8 tokens.
+# **1. Is forgetting a weakness?** Write 256 pairs into a state of width 16, sixteen times its size, and ask for the *last eight* only. Nothing
+# decays: how many come back? Now let a pair lose half of its strength every 8 tokens.
 #
 # <details><summary>Answer</summary>
 #
-# Without decay nearly nothing is found, however new: 248 old pairs shout as loud as the last eight. With a half-life of 8 tokens nearly all of the last eight
-# come back, at the price of the old ones. A fixed memory is useful because it forgets, and a layer with many heads forgets at many speeds.
+# Without decay nearly nothing is found, however new: 248 old pairs shout as loud as the last eight. With a half-life of 8 tokens nearly all of the
+# last eight come back, at the price of the old ones. A fixed memory is useful because it forgets, and a layer with many heads forgets at many
+# speeds.
 #
 # ```python
 # recent = {life: recall(16, 256, life, batch=64)[:, -8:].float().mean().item() for life in (math.inf, 8)}
@@ -206,8 +212,9 @@ nvfp4.print_table("Ultra's caches for one sequence", ["", "published", "recorded
 #
 # <details><summary>Answer</summary>
 #
-# Inside: L·p for M u, and L·n for C Bᵀ, shared by the heads of a group. With the state: n·p to read it, n·p to write it. A larger L costs more work, a smaller
-# one leaves more steps that wait for each other and smaller products. Equal at L = 2 n p / (p + n / 32) = 241; the released config says 128.
+# Inside: L·p for M u, and L·n for C Bᵀ, shared by the heads of a group. With the state: n·p to read it, n·p to write it. A larger L costs more
+# work, a smaller one leaves more steps that wait for each other and smaller products. Equal at L = 2 n p / (p + n / 32) = 241; the released config
+# says 128.
 #
 # ```python
 # p, n, sharing = 64, 128, mamba.ULTRA["heads"] // mamba.ULTRA["groups"]
@@ -217,8 +224,8 @@ nvfp4.print_table("Ultra's caches for one sequence", ["", "published", "recorded
 #
 # </details>
 #
-# **3. One token late.** Training packs several documents into a row. What would the second document see if nobody told the layer where it starts? Which parts
-# of the layer have to know? ([§5 · Causal convolution](../02_mamba.py), [§1 · Documents and arguments](../02_mamba.py))
+# **3. One token late.** Training packs several documents into a row. What would the second document see if nobody told the layer where it starts?
+# Which parts of the layer have to know? ([§5 · Causal convolution](../02_mamba.py), [§1 · Documents and arguments](../02_mamba.py))
 #
 # <details><summary>Answer</summary>
 #

@@ -31,9 +31,10 @@ pictures = nvfp4.writable_folder(root / "out" / "notebooks")
 # %% [markdown]
 # ## The question
 #
-# Nine tenths of Ultra's weights are feed-forward experts, and a token is multiplied with 22 of 512 of them. A small *router* decides which. Three things can
-# go wrong: the router may send everybody to the same few experts; the tokens have to travel to the GPUs where their experts live; and the experts' weights have
-# to be read from memory. The *latent* in LatentMoE is about the last two, and the first is the hardest: it is a feedback loop.
+# Nine tenths of Ultra's weights are feed-forward experts, and a token is multiplied with 22 of 512 of them. A small *router* decides which. Three
+# things can go wrong: the router may send everybody to the same few experts; the tokens have to travel to the GPUs where their experts live; and
+# the experts' weights have to be read from memory. The *latent* in LatentMoE is about the last two, and the first is the hardest: it is a feedback
+# loop.
 
 # %% [markdown]
 # ## By hand: six experts, three tokens, two chosen
@@ -54,30 +55,29 @@ load = moe.count_load(chosen, 6)
 print(f"\nloads {load.tolist()}, largest / mean = MaxVio {moe.max_violation(load):.2f}, experts without a token: {moe.dead_experts(load)}")
 after = bias.clone()
 moe.update_expert_bias(after, load, rate=0.001)
-print(f"the bias moves by {[f'{step:+.3f}' for step in (after - bias).tolist()]}: down where the load is above the mean, up where below, never by how much")
+print(f"the bias moves by {[f'{step:+.3f}' for step in (after - bias).tolist()]}: down where the load is above the mean, up where below")
 
 order, inverse, ends = moe.sort_by_expert(chosen, 6)
 print(f"\ncopies of tokens, sorted by expert: {[f'token {i // 2} to expert {chosen.flatten()[i]}' for i in order.tolist()]}")
 print(f"so expert e works on one stretch of rows, which ends at {ends.tolist()}")
 
 # %% [markdown]
-# Expert 5 was chosen by all three tokens although nearly everybody dislikes it, and counts for as little as its score says. So the bias steers traffic without
-# telling lies about quality: no gradient flows through it, and the loss never hears of it.
+# Expert 5 was chosen by all three tokens although nearly everybody dislikes it, and counts for as little as its score says. So the bias steers
+# traffic without telling lies about quality: no gradient flows through it, and the loss never hears of it.
 
 # %% [markdown]
 # ## Three rungs
 #
 # The layer's sum is `y = Σ p_i · Down_i relu(Up_i x)²` over the chosen experts. As its definition, asking expert after expert which tokens chose it
-# ([§2 · Experts as a loop](../03_latentmoe.py)); as one sort and two grouped products ([§3 · Sort and group](../03_latentmoe.py)); and as the fastest way
-# at hand, here one expert at a time with a backward pass by hand, on a GPU the Triton kernel ([§4 · One expert at a time](../03_latentmoe.py)). All have to
-# agree in the output and in every gradient, also for an expert that nobody chose.
+# ([§2 · Experts as a loop](../03_latentmoe.py)); as one sort and two grouped products ([§3 · Sort and group](../03_latentmoe.py)); and as the
+# fastest way at hand, here one expert at a time with a backward pass by hand, on a GPU the Triton kernel ([§4 · One expert at a
+# time](../03_latentmoe.py)). All have to agree in the output and in every gradient, also for an expert that nobody chose.
 
 # %%
 rng = torch.Generator().manual_seed(0)
 normal = lambda *shape: torch.randn(shape, generator=rng, dtype=torch.float64)
-x, up, down, dy = normal(320, 16), normal(6, 32, 16) / 4, normal(6, 16, 32) / 6, normal(320, 16)
-push = torch.tensor([0, 0, 0, 0, 0, -9.0])                  # nobody chooses expert 5
-p, experts, _ = moe.route(x, normal(6, 16), push, k=3, scale=2.5)
+x, up, down, dy = normal(256, 16), normal(4, 32, 16) / 4, normal(4, 16, 32) / 6, normal(256, 16)
+p, experts, _ = moe.route(x, normal(4, 16), torch.tensor([0, 0, 0, -9.0]), k=2, scale=2.5)      # nobody chooses expert 3
 
 def both_passes(rung, dtype, **how):
     """The output and the gradients of tokens, weights and both stacks of experts."""
@@ -92,14 +92,14 @@ lines = [["loop", worst(both_passes(moe.experts_loop, torch.float64)), worst(bot
          ["one expert at a time", worst(both_passes(moe.experts_grouped, torch.float64)), worst(both_passes(moe.experts_grouped, torch.float32))]]
 if importlib.util.find_spec("triton"): lines.append(["Triton kernel", "-", worst(both_passes(moe.experts_grouped, torch.float32, impl="triton"))])
 nvfp4.print_table("largest difference to the loop in fp64, output and four gradients", ["rung", "in fp64", "in fp32"], lines)
-print(f"\ntokens by expert: {moe.count_load(experts, 6).tolist()}; gradient of the idle expert's weights: {truth[3][5].abs().max():g}")
+print(f"\ntokens by expert: {moe.count_load(experts, 4).tolist()}; gradient of the idle expert's weights: {truth[3][3].abs().max():g}")
 
 # %% [markdown]
 # ## Experiment: how hard should the bias push?
 #
-# A small layer learns a task with 24 kinds of tokens, of which a few are frequent and most are rare ([§5 · Load balance](../03_latentmoe.py)). Left alone, a
-# router that likes an expert trains it more, and likes it better. After each step the bias moves by a fixed **rate** against the load. You vary that rate; the report's is 0.001.
-# Before running: what happens if you push a hundred times as hard?
+# A small layer learns a task with 24 kinds of tokens, of which a few are frequent and most are rare ([§5 · Load balance](../03_latentmoe.py)). Left
+# alone, a router that likes an expert trains it more, and likes it better. After each step the bias moves by a fixed **rate** against the load. You
+# vary that rate; the report's is 0.001. Before running: what happens if you push a hundred times as hard?
 
 # %% tags=["parameters"]
 rates = [0.0, 0.001, 0.01, 0.1]      # steps of the selection bias; 0 switches it off (tiny: [0.0, 0.01])
@@ -109,8 +109,10 @@ seed = 0                             # of data and weights
 # %%
 runs = {rate: moe.measure_balance(rate, 1e-4, steps, seed) for rate in tqdm(rates)}
 mean = lambda values: sum(values) / len(values)
-nvfp4.print_table(f"16 experts, 2 chosen, after {steps} steps (MaxVio: 1 is even, 8 the worst)", ["rate", "MaxVio within one step", "MaxVio of 50 steps together", "last loss"],
-                  [[f"{rate:g}", mean(violations[-50:]), moe.max_violation(loads).item(), f"{loss:.3f}"] for rate, (violations, loads, loss) in runs.items()])
+nvfp4.print_table(f"16 experts, 2 chosen, after {steps} steps (MaxVio: 1 is even, 8 the worst)",
+                  ["rate", "MaxVio within one step", "MaxVio of 50 steps together", "last loss"],
+                  [[f"{rate:g}", mean(violations[-50:]), moe.max_violation(loads).item(), f"{loss:.3f}"]
+                   for rate, (violations, loads, loss) in runs.items()])
 
 # %%
 fig, (left, right) = nvfp4.new_figure(columns=2)
@@ -118,18 +120,20 @@ smooth = min(20, steps)
 for rate, (violations, loads, _) in runs.items():
     left.plot(torch.tensor(violations).unfold(0, smooth, 1).mean(-1), label=f"rate {rate:g}", linewidth=1.6)
     right.plot(range(1, 17), (100 * loads / loads.sum()).sort(descending=True).values, "o-", markersize=4, label=f"rate {rate:g}")
-left.set(title="Too hard a push throws the crowd to and fro", xlabel=f"training step (mean of {smooth})", ylabel="MaxVio within one step", ylim=(0.8, None))
-right.set(title="Over 50 steps it looks more even than it is", xlabel="expert, busiest first", ylabel="% of the choices, last 50 steps", xticks=range(1, 17, 3))
+left.set(title="Too hard a push throws the crowd to and fro", xlabel=f"training step (mean of {smooth})",
+         ylabel="MaxVio within one step", ylim=(0.8, None))
+right.set(title="Over 50 steps it looks more even than it is", xlabel="expert, busiest first",
+          ylabel="% of the choices, last 50 steps", xticks=range(1, 17, 3))
 right.axhline(100 / 16, color="0.5", linestyle=":")
 for ax in (left, right): ax.legend(frameon=False)
 nvfp4.save_figure(fig, pictures / "03_rates.png")
 Image(pictures / "03_rates.png")
 
 # %% [markdown]
-# Rate 0 stays crooked: a few experts carry the layer. A slow rate needs many steps, since scores differ by tenths and the bias moves by thousandths, but what it
-# reaches stays. A hundred times that rate overshoots: experts that were overloaded in this step are deserted in the next. Averaged over 50 steps the loads look
-# better than they ever are, and it is the *single step* in which GPUs wait for the busiest one. Whoever reports balance has to say over how many
-# tokens it was counted.
+# Rate 0 stays crooked: a few experts carry the layer. A slow rate needs many steps, since scores differ by tenths and the bias moves by
+# thousandths, but what it reaches stays. A hundred times that rate overshoots: experts that were overloaded in this step are deserted in the next.
+# Averaged over 50 steps the loads look better than they ever are, and it is the *single step* in which GPUs wait for the busiest one. Whoever
+# reports balance has to say over how many tokens it was counted.
 
 # %% [markdown]
 # ## The report and our measurement
@@ -145,13 +149,14 @@ nvfp4.print_table("load of the busiest expert over the mean", ["", "published", 
     ["without bias", "-", f"{without['max_violation']:.2f}"],
     ["Ultra's first MoE layer, early and late in training", "4.8 to 12", "-"]])
 costs = moe.measure_costs(batch=64)
-nvfp4.print_table("the routed part of one Ultra layer, batch of 64 tokens", ["", "experts", "k", "width", "parameters", "KB sent a token", "GB of weights read"],
-                  [[name, str(e), f"{k:g}", str(width), f"{cost.parameters / 1e9:.2f}B", f"{cost.sent_bytes / 1e3:.0f}", f"{cost.read_bytes / 1e9:.2f}"]
-                   for name, ((e, k, width), cost) in costs.items()])
+nvfp4.print_table("the routed part of one Ultra layer, batch of 64 tokens",
+                  ["", "experts", "k", "width", "parameters", "KB sent a token", "GB of weights read"],
+                  [[name, str(e), f"{k:g}", str(width), f"{cost.parameters / 1e9:.2f}B", f"{cost.sent_bytes / 1e3:.0f}",
+                    f"{cost.read_bytes / 1e9:.2f}"] for name, ((e, k, width), cost) in costs.items()])
 
 # %% [markdown]
-# The first two lines cost the same. One has 128 experts of which it asks five or six; the other has 512 and asks 22. A latent of a quarter of the width pays for
-# four times the experts *and* four times the choices.
+# The first two lines cost the same. One has 128 experts of which it asks five or six; the other has 512 and asks 22. A latent of a quarter of the
+# width pays for four times the experts *and* four times the choices.
 #
 # ## Exercises
 #
@@ -159,8 +164,8 @@ nvfp4.print_table("the routed part of one Ultra layer, batch of 64 tokens", ["",
 #
 # <details><summary>Answer</summary>
 #
-# All tokens choose the same k experts: each of them has r tokens, the mean is r·k/E, so the ratio is E/k. For Ultra 512/22 = 23.27. (The paper that introduced the number
-# subtracts 1; the report does not, and this bound shows it.)
+# All tokens choose the same k experts: each of them has r tokens, the mean is r·k/E, so the ratio is E/k. For Ultra 512/22 = 23.27. (The paper that
+# introduced the number subtracts 1; the report does not, and this bound shows it.)
 #
 # ```python
 # same = torch.arange(22).expand(1000, 22)
@@ -174,8 +179,8 @@ nvfp4.print_table("the routed part of one Ultra layer, batch of 64 tokens", ["",
 #
 # <details><summary>Answer</summary>
 #
-# No. A common constant does not change the order of score + bias, and the weights come from the scores alone. So the bias is never centred. What does change things is
-# precision: in bf16 a bias near 0.5 could no longer move by 0.001, which is why it is kept in fp32.
+# No. A common constant does not change the order of score + bias, and the weights come from the scores alone. So the bias is never centred. What
+# does change things is precision: in bf16 a bias near 0.5 could no longer move by 0.001, which is why it is kept in fp32.
 #
 # ```python
 # again = moe.route(torch.logit(scores), torch.eye(6), bias + 3.0, k=2, scale=1.0)
@@ -185,13 +190,13 @@ nvfp4.print_table("the routed part of one Ultra layer, batch of 64 tokens", ["",
 #
 # </details>
 #
-# **3. Why is decoding a batch of 64 so expensive?** Each of 64 tokens picks 22 of 512 experts. What share of the experts' weights does the step have to read?
-# Estimate, then simulate with an even router.
+# **3. Why is decoding a batch of 64 so expensive?** Each of 64 tokens picks 22 of 512 experts. What share of the experts' weights does the step
+# have to read? Estimate, then simulate with an even router.
 #
 # <details><summary>Answer</summary>
 #
-# Nearly all: an expert is missed by all tokens with probability (1 − 22/512)⁶⁴ = 6 %. Eight tokens already read 30 % of the weights, so a step's time barely
-# grows from there to 64 tokens: larger batches are nearly free, until arithmetic takes over.
+# Nearly all: an expert is missed by all tokens with probability (1 − 22/512)⁶⁴ = 6 %. Eight tokens already read 30 % of the weights, so a step's
+# time barely grows from there to 64 tokens: larger batches are nearly free, until arithmetic takes over.
 #
 # ```python
 # def touched(batch, rounds=40):
