@@ -212,6 +212,28 @@ def table_ranks(rows: list[dict]) -> str:
             f"| shared | tokens a GPU | one GPU, tokens/s | {last['gpus']} GPUs | ratio |\n|---|---|---|---|---|\n" + "\n".join(lines))
 
 
+ASKED = {("small", 1): 1000, ("small", 32): 20_000, ("nano", 1): 250, ("super", 1): 120}      # tokens/s on one H200, without drafts
+
+
+def table_serving(rows: list[dict]) -> str:
+    """Tokens a second of stage 08's engine, the newest row of every device, preset, batch and contender."""
+    found = {(row["device"], row["preset"], row["batch"], row["contender"]): row for row in rows
+             if row["stage"] == "bench_infer" and row["what"] == "speed"}
+    if not found: return "Not measured yet."
+    lines = []
+    for (device, preset, batch, contender), row in sorted(found.items(), key=lambda pair: (pair[0][0] == "cpu", pair[0][:3], pair[0][3])):
+        plain = contender.startswith("ours") and "draft" not in contender
+        asked = ASKED.get((preset, batch)) if device != "cpu" and plain else None
+        met = "" if asked is None else f" ({asked:,} asked{'' if row['tokens_per_s'] >= asked else ': missed'})"
+        missed = " (2 asked: missed)" if device == "cpu" and plain and row.get("ratio", 2) < 2 else ""
+        cells = [device, f"`{preset}`", str(batch), contender, f"{row['tokens_per_s']:,.0f}{met}",
+                 f"{row['ratio']:.2f}×{missed}" if "ratio" in row else "", str(row.get("kernels_a_step", row.get("operators_a_step", ""))),
+                 f"{row['busy_ms_a_step']:.2f}" if "busy_ms_a_step" in row else "", row["commit"]]
+        lines.append(f"| {' | '.join(cells)} |")
+    return ("| device | preset | batch | contender | tokens/s | × transformers | kernels or operators a step | GPU ms a step | commit |\n"
+            "|---|---|---|---|---|---|---|---|---|\n" + "\n".join(lines))
+
+
 def gpu_tests(rows: list[dict]) -> str:
     row = newest(rows, "command", command="python -m pytest tests -m gpu")
     if row is None: return "# no complete run is recorded yet"
@@ -232,7 +254,7 @@ def rendered(text: str, rows: list[dict]) -> str:
     """A page's text with every marked table and time replaced."""
     for name, table in (("claims", claims.table_best), ("all claims", table_of_all), ("stages", table_stages), ("speed", table_speed),
                         ("kernels", table_kernels), ("slice", table_slice), ("training", table_training), ("ranks", table_ranks),
-                        ("posttraining", table_posttraining)):
+                        ("serving", table_serving), ("posttraining", table_posttraining)):
         text = re.sub(rf"(<!-- table:{name} -->\n).*?(<!-- end -->)", lambda m, table=table: m[1] + table(rows) + "\n" + m[2], text, flags=re.S)
     text = re.sub(r"(?m)^(    python -m pytest tests -m gpu +)#.*$", lambda m: m[1] + gpu_tests(rows), text)
     return re.sub(r"(?m)^(    make (run|test) +)#.*$", lambda m: m[1] + command_time(rows, m[2]), text)

@@ -66,3 +66,17 @@ def test_models_of_post_training_have_the_size_that_is_said():
     counts = {name: ledger(config) for name, config in models.items()}
     said = {name: f"{(x.total + x.mtp) / 1e6:.{0 if x.total > 1e7 else 1}f}M" for name, x in counts.items()}
     assert claims.SIZES == said
+
+
+def test_serving_shows_the_newest_rows_and_what_they_miss():
+    """A faster row from before, a missed figure without its word, or a figure asked of a drafted row would mislead."""
+    row = lambda **x: dict(stage="bench_infer", what="speed", device="NVIDIA H200", preset="small", batch=1, contender="ours", commit="a") | x
+    rows = [row(tokens_per_s=2000.0), row(tokens_per_s=999.9, kernels_a_step=7, busy_ms_a_step=0.5, commit="b"), row(tokens_per_s=1500.0, batch=2),
+            row(tokens_per_s=30_000.0, batch=32), row(tokens_per_s=9.0, contender="ours, 5 drafts kept with chance 0.7, forced"),
+            row(device="cpu", preset="tiny", tokens_per_s=300.0, ratio=1.9), row(device="cpu", preset="tiny", batch=8, tokens_per_s=300.0, ratio=2.1)]
+    assert table.table_serving([]) == "Not measured yet."
+    assert table.table_serving(rows).splitlines()[2:] == [
+        "| NVIDIA H200 | `small` | 1 | ours | 1,000 (1,000 asked: missed) |  | 7 | 0.50 | b |",
+        "| NVIDIA H200 | `small` | 1 | ours, 5 drafts kept with chance 0.7, forced | 9 |  |  |  | a |",
+        "| NVIDIA H200 | `small` | 2 | ours | 1,500 |  |  |  | a |", "| NVIDIA H200 | `small` | 32 | ours | 30,000 (20,000 asked) |  |  |  | a |",
+        "| cpu | `tiny` | 1 | ours | 300 | 1.90× (2 asked: missed) |  |  | a |", "| cpu | `tiny` | 8 | ours | 300 | 2.10× |  |  | a |"]
