@@ -3,6 +3,7 @@ import ast
 import dataclasses
 import importlib
 import importlib.util
+import json
 import re
 import shlex
 import sys
@@ -14,10 +15,17 @@ import pytest
 pytest.importorskip("tyro")      # some scripts need it at import
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("docs", "notebooks", "assignments")
-PAGES = [ROOT / "README.md", ROOT / "experiments" / "README.md", *(p for folder in FOLDERS for p in sorted((ROOT / folder).rglob("*.md")))]
+PAGES = [ROOT / "README.md", ROOT / "experiments" / "README.md",
+         *(p for folder in FOLDERS for p in sorted((ROOT / folder).rglob("*")) if p.suffix in (".md", ".ipynb"))]
 STAGES = {"nvfp4": "01_nvfp4", "mamba": "02_mamba", "moe": "03_latentmoe", "nemotron": "04_model", "pretrain": "05_pretrain", "sft": "06_sft",
           "rl": "07_rlvr_mopd", "infer": "08_infer"}      # the names under which the stages import one another
 EXTENSIONS = (".py", ".md", ".jsonl", ".png", ".toml", ".txt", ".ipynb", ".cff")
+
+
+def read(page: Path) -> str:
+    """A page's text; of a notebook the text cells."""
+    if page.suffix == ".md": return page.read_text()
+    return "\n\n".join("".join(cell["source"]) for cell in json.loads(page.read_text())["cells"] if cell["cell_type"] == "markdown")
 
 
 def slug(heading: str) -> str:
@@ -84,22 +92,24 @@ def known_flags(path: Path) -> frozenset[str] | None:
     return frozenset().union(*map(flags_of, classes)) if classes else None
 
 
-def broken_commands(text: str) -> list[str]:
-    """Commands `python X.py --flag`, `torchrun .. X.py`, `python -m package.module` and `make target` of a page that cannot be run."""
+def broken_commands(page: Path, text: str) -> list[str]:
+    """Commands `python X.py --flag`, `torchrun .. X.py`, `python -m package.module` and `make target` of a page that cannot be run.
+    A script lies where the page says, from the page's folder or from the repository's."""
     found = []
     for command in re.findall(r"(?:^ {4}|`|^)((?:python3? |torchrun |make )[^`\n]*)", text, re.M):
         words = shlex.split(re.sub(r"\s#.*$", "", command), posix=True)
-        script = next((word for word in words if word.endswith(".py")), None)
+        script = next((word for word in words if word.endswith(".py")), "")
+        path = next((folder / script for folder in (ROOT, page.parent) if (folder / script).is_file()), None)
         if words[0] == "make":
             known = set(re.findall(r"(?m)^([\w-]+):", (ROOT / "Makefile").read_text()))
             found += [f"make {word}: no such target" for word in words[1:] if re.fullmatch(r"[a-z][\w-]*", word) and word not in known]
         elif "-m" in words[:2] and words[2] not in ("pytest", "pip", "venv"):
-            path = ROOT.joinpath(*words[2].split("."))
-            if not (path.is_dir() or path.with_suffix(".py").exists()): found.append(f"{command}: no such module")
-        elif script and not (ROOT / script).exists(): found.append(f"{command}: no such file")
+            package = ROOT.joinpath(*words[2].split("."))
+            if not (package.is_dir() or package.with_suffix(".py").exists()): found.append(f"{command}: no such module")
+        elif script and path is None: found.append(f"{command}: no such file")
         elif script:
             flags = [word[2:].split("=")[0].replace("-", "_") for word in words[words.index(script) + 1:] if word.startswith("--")]
-            known = known_flags(ROOT / script) or frozenset()
+            known = known_flags(path) or frozenset()
             found += [f"{script} --{flag}: no such flag" for flag in flags if flag not in known | {"help"}]
     return found
 
@@ -134,13 +144,13 @@ def broken_names(page: Path, text: str) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_everything_a_page_names_exists(page):
     """A reader who follows the page must not stop at a link, a command or a name."""
-    text = page.read_text()
-    assert not (wrong := broken_links(page, text) + broken_commands(text) + broken_names(page, text)), "\n".join(wrong)
+    text = read(page)
+    assert not (wrong := broken_links(page, text) + broken_commands(page, text) + broken_names(page, text)), "\n".join(wrong)
 
 
 def test_the_pages_have_what_is_checked():
     """A pattern that finds nothing would pass everything."""
-    text = "\n".join(page.read_text() for page in PAGES)
+    text = "\n".join(map(read, PAGES))
     assert len(re.findall(r"\]\([^)\s]+\)", prose(text))) > 40 and len(re.findall(r"(?m)^ {4}(?:python|torchrun) .*--", text)) > 10
 
 
@@ -172,7 +182,7 @@ Good: [file](../README.md), [here](#serve-it-talk), [there](../README.md#install
 def test_a_planted_mistake_is_found(good, bad, word):
     """Each kind once: a checker that does not see it would let the same slip pass in a real page."""
     page = ROOT / "docs" / "planted.md"
-    check = lambda text: broken_links(page, text) + broken_commands(text) + broken_names(page, text)
+    check = lambda text: broken_links(page, text) + broken_commands(page, text) + broken_names(page, text)
     assert check(PAGE) == [] and PAGE.count(good) == 1
     wrong = check(PAGE.replace(good, bad))
     assert len(wrong) == 1 and word in wrong[0], wrong
