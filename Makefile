@@ -1,6 +1,7 @@
 # make run    installs into .venv, runs the stages in order on preset tiny, prints one table
 # make test   the same set-up, then the whole suite
 # make notebooks   the same set-up, then executes notebooks/src and writes the notebooks
+# make pages  renders what is generated from rows and comments: tables, docs/differs.md, docs/open-questions.md, docs/pipeline.png
 # make run PYTHON=python3                  use an interpreter that already has torch, and make no .venv
 # make run TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"     choose the torch wheel (here: the CPU build)
 TORCH       ?= torch==2.13.0
@@ -14,7 +15,7 @@ PY    := .venv/bin/python
 SETUP := .venv/.installed
 endif
 
-.PHONY: run test notebooks check clean
+.PHONY: run test notebooks check pages clean
 run: $(SETUP)
 	@mkdir -p out && rm -f out/results.jsonl
 	$(PY) 01_nvfp4.py
@@ -37,6 +38,11 @@ notebooks: $(SETUP)
 
 check: $(SETUP)
 	$(PY) -m ruff check .
+
+pages: $(SETUP)
+	$(PY) experiments/table.py readme
+	$(PY) experiments/pages.py
+	$(PY) experiments/plot_pipeline.py
 
 clean:
 	rm -rf out .venv
