@@ -323,8 +323,8 @@ def of_spike(rows):
     return row and over_seeds(row["bf16_minus_fp32"]["MTP-2"]["by_seed"], lambda x: signed(x, 4), above=0.0, more=f" nats after {row['steps']} steps")
 
 
-GAP = ("python experiments/nvfp4_gap.py --report --device cuda --out experiments", "one H200")
-ABLATIONS = ("python experiments/nvfp4_gap.py --runs ablations", "one H200")
+GAP = ("python experiments/nvfp4_gap.py --seeds 0 1 2", "one H200")
+ABLATIONS = ("python experiments/nvfp4_gap.py --seeds 0 1 2 --runs ablations", "one H200")
 MERGING = ("python experiments/merging.py --seeds 3 --out experiments", "CPU")
 GRADIENT = ("python experiments/mtp_gradient.py --steps 20 --seeds 3 --out experiments", "CPU")
 PRETRAINING = [
