@@ -1,6 +1,6 @@
 """What an assignment must keep: our file passes, the blanked one fails by NotImplementedError alone, every wrong solution of mutants.toml fails.
 
-Run:   python assignments/gates.py a1        # 10 to 30 s: a table of what each file did to the tests; exit code 1 when a gate is open
+Run:   python assignments/gates.py a1        # 10 to 40 s: a table of what each file did to the tests; exit code 1 when a gate is open
 Every file is tested in a fork of one process that has imported torch already, so that a dozen of them cost little more than their tests.
 """
 from __future__ import annotations
@@ -19,20 +19,23 @@ from assignments.grade import ROOT, Assignment, load, tomllib  # noqa: E402
 from assignments.make import bodies, names_of, stub_of, with_bodies  # noqa: E402
 
 
-def mutants(a: Assignment, source: str) -> dict[str, str]:
-    """Name -> wrong file. ValueError: a change that does not apply exactly once, or that lies outside of what a student writes."""
+def mutants(a: Assignment, source: str) -> dict[str, tuple[str, str]]:
+    """Name -> (wrong file, the test that must tell it). ValueError: a change that does not apply exactly once, or lies outside of what a student
+    writes, or a test that is none of the assignment's."""
     answers, files = bodies(source, names_of(a)), {}
+    tests = {test.partition("::")[2]: test for problem in a.problems for test in problem.tests}
     for mutant in tomllib.loads((ROOT / "assignments" / a.name / "mutants.toml").read_text())["mutant"]:
         name, find = mutant["name"], mutant["find"]
         count = source.count(find)
         if count != 1: raise ValueError(f"{a.name}, mutant {name!r}: its text stands {count} times in {a.stage}, not once.")
         if not any(find in body for body in answers.values()): raise ValueError(f"{a.name}, mutant {name!r}: it changes no body.")
-        files[name] = source.replace(find, mutant["replace"])
+        if mutant["by"] not in tests: raise ValueError(f"{a.name}, mutant {name!r}: {mutant['by']} is no test of the assignment.")
+        files[name] = source.replace(find, mutant["replace"]), tests[mutant["by"]]
     return files
 
 
-def tested(a: Assignment, text: str | None, first_failure: bool = False) -> list[dict]:
-    """Outcomes of the assignment's tests with this text as its file, None: ours as it lies here. In a fork, which sees nothing of earlier ones."""
+def tested(a: Assignment, text: str | None, tests: list[str], first_failure: bool = False) -> list[dict]:
+    """Outcomes of some tests with this text as the assignment's file, None: ours as it lies here. In a fork, which sees nothing of earlier ones."""
     import pytest
     with tempfile.TemporaryDirectory() as folder:
         outcomes, log = Path(folder) / "outcomes.jsonl", Path(folder) / "log"
@@ -50,7 +53,6 @@ def tested(a: Assignment, text: str | None, first_failure: bool = False) -> list
                 os.environ.update(OUTCOMES=str(outcomes), PYTHONDONTWRITEBYTECODE="1", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
                 os.environ.pop("STUDENT", None)
                 if text is not None: os.environ["STUDENT"] = str(Path(folder) / "student")
-                tests = list(dict.fromkeys(test for problem in a.problems for test in problem.tests))
                 code = pytest.main(["-p", "assignments.outcomes", "-p", "no:cacheprovider", "-q", "--assert=plain", *["-x"] * first_failure, *tests])
             finally: os._exit(code)
         status = os.waitpid(child, 0)[1]
@@ -73,21 +75,21 @@ def run_gates(a: Assignment) -> Gates:
     stub, listed, gates = stub_of(a, source), [test for problem in a.problems for test in problem.tests], Gates([], [])
     if with_bodies(stub, bodies(source, names_of(a))) != source: gates.open.append("our bodies pasted into the stub do not give our file.")
 
-    rows = [row for row in tested(a, None) if row["test"]]
+    rows = [row for row in tested(a, None, listed) if row["test"]]
     named = {row["test"].partition("[")[0] for row in rows}
     gates.open += [f"ours: {row['test']} {row['outcome']} ({row['error']}: {row['message'][:200]})" for row in rows if row["outcome"] != "passed"]
     gates.open += [f"ours: {test} did not run." for test in listed if test not in named]
     gates.lines.append(f"ours: {len(rows)} cases of {len(named)} tests pass")
 
-    rows = [row for row in tested(a, stub) if row["test"]]
+    rows = [row for row in tested(a, stub, listed) if row["test"]]
     fine = [row for row in rows if row["outcome"] == "failed" and row["error"] == "NotImplementedError" and row["message"].startswith(f"{a.name}: ")]
     gates.open += [f"stub: {row['test']} {row['outcome']} ({row['error']}: {row['message'][:200]})" for row in rows if row not in fine]
     gates.open += [f"stub: {test} did not run." for test in listed if test not in {row["test"].partition("[")[0] for row in rows}]
     gates.lines.append(f"stub: {len(fine)} cases fail with NotImplementedError")
 
-    for name, text in mutants(a, source).items():
-        failed = [row for row in tested(a, text, first_failure=True) if row["outcome"] != "passed" and row["test"]]
-        if not failed: gates.open.append(f"mutant {name!r} passes every test.")
+    for name, (text, test) in mutants(a, source).items():
+        failed = [row for row in tested(a, text, [test], first_failure=True) if row["outcome"] == "failed"]
+        if not failed: gates.open.append(f"mutant {name!r} passes {test}.")
         gates.lines.append(f"mutant {name}: {failed[0]['test'].partition('::')[2][:90] + ' fails' if failed else 'PASSES'}")
     return gates
 

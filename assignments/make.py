@@ -4,6 +4,7 @@ Run:   python assignments/make.py                       # writes every HANDOUT.m
        python assignments/make.py --check               # exit code 1 when a committed handout is not what would be written
        python assignments/make.py --start a1 --to mine  # mine/01_nvfp4.py with the functions of a1 blanked; then STUDENT=mine python -m pytest ...
        python assignments/make.py --export DIR          # a repository for students, all assignments blanked;  --only a6: no other one
+       python assignments/make.py --export DIR --prove  # and, 3 min: the student's first command there, then every assignment solved in place
 A manifest assignments/aN/assignment.toml names the functions. Nothing is copied by hand: what a student gets is the stage's own text, in which the
 body of each function is one line that raises NotImplementedError. mutants.toml beside it holds wrong solutions that the tests must tell.
 """
@@ -15,6 +16,7 @@ import json
 import re
 import shutil
 import string
+import subprocess
 import sys
 import tokenize
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from assignments.grade import ROOT, Assignment, Problem, load  # noqa: E402
+from assignments.grade import ROOT, Assignment, Problem, as_markdown, grade_problem, load  # noqa: E402
 
 STUB = 'raise NotImplementedError("{label}: {name}")\n'
 
@@ -176,6 +178,7 @@ def export(target: Path, assignments: list[Assignment]) -> None:
     # PITFALL: a list of what goes in, not of what stays out. Compiled files, .git, mutants and whatever is added next year are answers too.
     files = [*ROOT.glob("0[1-8]_*.py"), *(ROOT / name for name in ("conftest.py", "pyproject.toml", "constraints-cpu.txt", "LICENSE", ".gitignore")),
              *(ROOT / "kernels").glob("*.py"), *(ROOT / "data").rglob("*.py"), *used_tests(assignments),
+             *(ROOT / "experiments" / f"{name}.py" for name in ("serving", "plot_model", "plot_run")),          # what stages 08, 04 and 05 call
              *(ROOT / "assignments" / name for name in ("grade.py", "outcomes.py", "sandbox/sitecustomize.py")),
              *(ROOT / "assignments" / a.name / name for a in assignments for name in ("assignment.toml", "HANDOUT.md"))]
     for file in files:
@@ -193,12 +196,33 @@ def export(target: Path, assignments: list[Assignment]) -> None:
     if leaks := answers_in(target, answers): raise ValueError(f"answers are in what was exported: {'; '.join(leaks)}. Do not hand {target} out.")
 
 
+def prove(target: Path, assignments: list[Assignment]) -> None:
+    """What a student meets in the exported folder: the first command gives 0 points for missing bodies alone; and with the answers put in place,
+    those of an assignment and of what it needs and no others, every assignment gives all of its points. ValueError: otherwise."""
+    first, stubs = assignments[0], {a.stage: (target / a.stage).read_text() for a in assignments}
+    command = [sys.executable, "assignments/grade.py", first.name]
+    report = subprocess.run(command, cwd=target, capture_output=True, text=True).stdout
+    failed = [line for line in report.splitlines() if line.startswith("- ")]
+    missing = [line for line in failed if f"NotImplementedError: {first.name}: " in line]
+    if f": 0 of {first.points} points" not in report or not failed or missing != failed: raise ValueError(f"the first command printed\n{report}")
+    print(f"python {' '.join(command[1:])}: {report.splitlines()[0].removeprefix('# ')}, {len(failed)} tests wait for their functions")
+    for a in assignments:
+        for other in [load(name) for name in a.needs if name in {b.name for b in assignments}] + [a]:
+            answers = bodies((ROOT / other.stage).read_text(), names_of(other))
+            (target / other.stage).write_text(with_bodies(stubs[other.stage], answers))
+        graded = [grade_problem(a, problem, None, target) for problem in a.problems]
+        for stage, text in stubs.items(): (target / stage).write_text(text)
+        if any(g.score < g.problem.points for g in graded): raise ValueError(f"{a.name}, solved, in the exported folder:\n{as_markdown(a, graded)}")
+        print(f"{a.name} solved: {sum(g.score for g in graded):g} points in {sum(g.seconds for g in graded):.0f} s")
+
+
 @dataclass(frozen=True)
 class Config:
     """Makes assignments out of the stages."""
     check: bool = False             # compare the committed handouts, write nothing
     export: Path | None = None      # a new folder for the course repository
     only: str | None = None         # with --export: one assignment, the other stages whole
+    prove: bool = False             # with --export: try there what a student will
     start: str | None = None        # an assignment whose blanked stage you want to work on here
     to: Path = Path("mine")         # with --start: the folder for it
 
@@ -206,7 +230,9 @@ class Config:
 def main(config: Config) -> None:
     assignments = all_assignments()
     if config.export:
-        export(config.export, [load(config.only)] if config.only else assignments)
+        handed = [load(config.only)] if config.only else assignments
+        export(config.export, handed)
+        if config.prove: prove(config.export, handed)
         return print(f"{config.export} is ready: {len(list(config.export.rglob('*.*')))} files, no answers.")
     if config.start:
         a = load(config.start)

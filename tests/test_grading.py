@@ -78,20 +78,21 @@ def toy(root, *problems, mutants=""):
     return grade.load("a1", root)
 
 
-def mutant(name, find, replace): return f'[[mutant]]\nname = "{name}"\nfind = "{find}"\nreplace = "{replace}"\n'
+def mutant(name, find, replace, by): return f'[[mutant]]\nname = "{name}"\nfind = "{find}"\nreplace = "{replace}"\nby = "{by}"\n'
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the gates test every file in a fork")
 def test_gates_see_a_weak_test_a_free_test_and_a_mutant_that_does_not_apply(tmp_path):
     """The gates' own alarm: without it a green run says nothing."""
     toy(tmp_path / "weak", ("double", ["test_double"]), ("triple", ["test_weak", "test_free"]),
-        mutants=mutant("caught", "x + x", "x") + mutant("missed", "3 * x", "4 * x"))
+        mutants=mutant("caught", "x + x", "x", "test_double") + mutant("missed", "3 * x", "4 * x", "test_weak"))
     done = run("assignments/gates.py", "a1", cwd=tmp_path / "weak")
     alarms = [line for line in done.stdout.splitlines() if line.startswith("OPEN")]
     assert done.returncode == 1 and len(alarms) == 2, done.stdout + done.stderr
-    assert "stub: tests/test_toy.py::test_free passed" in alarms[0] and "mutant 'missed' passes every test" in alarms[1]
-    for name, find, words in (("twice", "return y", "stands 2 times"), ("outside", "def triple", "it changes no body")):
-        toy(tmp_path / name, ("double", ["test_double"]), mutants=mutant(name, find, "pass"))
+    assert "stub: tests/test_toy.py::test_free passed" in alarms[0] and "mutant 'missed' passes tests/test_toy.py::test_weak" in alarms[1]
+    for name, find, by, words in (("twice", "return y", "test_double", "stands 2 times"), ("other", "x + x", "test_triple", "is no test of the"),
+                                  ("outside", "def triple", "test_double", "it changes no body")):
+        toy(tmp_path / name, ("double", ["test_double"]), mutants=mutant(name, find, "pass", by))
         assert words in run("assignments/gates.py", "a1", cwd=tmp_path / name).stderr
 
 
