@@ -2,6 +2,7 @@
 # make test   the same set-up, then the whole suite
 # make notebooks   the same set-up, then executes notebooks/src and writes the notebooks
 # make pages  renders what is generated from rows and comments: tables, docs/differs.md, docs/open-questions.md, docs/pipeline.png
+# make course exports the students' repository into out/course, runs their first command there, and solves every assignment in it
 # make run PYTHON=python3                  use an interpreter that already has torch, and make no .venv
 # make run TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"     choose the torch wheel (here: the CPU build)
 TORCH       ?= torch==2.13.0
@@ -15,7 +16,7 @@ PY    := .venv/bin/python
 SETUP := .venv/.installed
 endif
 
-.PHONY: run test notebooks check pages clean
+.PHONY: run test notebooks course check pages clean
 run: $(SETUP)
 	@mkdir -p out && rm -f out/results.jsonl
 	$(PY) 01_nvfp4.py
@@ -35,6 +36,10 @@ test: $(SETUP)
 
 notebooks: $(SETUP)
 	OMP_NUM_THREADS=1 $(PY) notebooks/build.py $(NOTEBOOKS)
+
+course: $(SETUP)
+	rm -rf out/course
+	OMP_NUM_THREADS=1 $(PY) assignments/make.py --export out/course --prove
 
 check: $(SETUP)
 	$(PY) -m ruff check .
