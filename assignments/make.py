@@ -97,10 +97,12 @@ def all_assignments() -> list[Assignment]:
 # handouts
 
 def looked_up(where: list, rows: list[dict]) -> str:
-    """["01_nvfp4", "db", "NVFP4 nearest, Gaussian", "{:.2f}"]: the newest row of a stage that has the fields, the way to the number, its format."""
+    """["01_nvfp4", "db", "NVFP4 nearest, Gaussian", "{:.2f}"]: the newest row of a stage that has the fields, the way to the number, its format.
+    A table behind the stage names values that the row must have: ["bench_kernels", {case = "..."}, "floor_ms", "{}"]."""
     stage, *way, form = where
+    wanted = way.pop(0) if isinstance(way[0], dict) else {}
     for row in reversed(rows):
-        if row["stage"] != stage: continue
+        if row["stage"] != stage or any(row.get(key) != value for key, value in wanted.items()): continue
         value = row
         for key in way: value = value.get(key) if isinstance(value, dict) else None
         if value is not None: return form.format(value)
@@ -122,13 +124,14 @@ def given(source: str, names: list[str]) -> str:
 def section_of(source: str, name: str) -> str:
     """The heading `# %% 4 · Two-level scales` above a function."""
     line = find_function(ast.parse(source), name).lineno
-    return [text for text in source.splitlines()[:line] if text.startswith("# %% ")][-1].removeprefix("# %% ")
+    headings = [text.removeprefix("# %% ") for text in source.splitlines()[:line] if text.startswith("# %% ")]
+    return f"“{headings[-1]}”" if headings else "the file"        # of a kernel, which is one section
 
 
 def problem_text(a: Assignment, problem: Problem, number: int, source: str, template: str, texts) -> str:
     where = dict.fromkeys(section_of(source, name) for name in problem.blank)
     fields = dict(number=number, title=problem.title or problem.name, points=problem.points, build=texts(problem.build), why=texts(problem.why),
-                  sections=", ".join(f"“{s}”" for s in where), code=given(source, problem.blank), tests=" \\\n        ".join(problem.tests),
+                  sections=", ".join(where), code=given(source, problem.blank), tests=" \\\n        ".join(problem.tests),
                   target=texts(problem.target), low_resource=texts(problem.low_resource), question=texts(problem.question), measure=problem.measure)
     return string.Template(template).substitute({key: str(value).strip() for key, value in fields.items()})
 
@@ -178,7 +181,7 @@ def export(target: Path, assignments: list[Assignment]) -> None:
     # PITFALL: a list of what goes in, not of what stays out. Compiled files, .git, mutants and whatever is added next year are answers too.
     files = [*ROOT.glob("0[1-8]_*.py"), *(ROOT / name for name in ("conftest.py", "pyproject.toml", "constraints-cpu.txt", "LICENSE", ".gitignore")),
              *(ROOT / "kernels").glob("*.py"), *(ROOT / "data").rglob("*.py"), *used_tests(assignments),
-             *(ROOT / "experiments" / f"{name}.py" for name in ("serving", "plot_model", "plot_run")),          # what stages 08, 04 and 05 call
+             *(ROOT / "experiments" / f"{name}.py" for name in ("serving", "plot_model", "plot_run", "bench_kernels")),     # stages call these
              *(ROOT / "assignments" / name for name in ("grade.py", "outcomes.py", "sandbox/sitecustomize.py")),
              *(ROOT / "assignments" / a.name / name for a in assignments for name in ("assignment.toml", "HANDOUT.md"))]
     for file in files:
