@@ -98,7 +98,7 @@ def known_flags(path: Path, command: str = "") -> frozenset[str]:
 def broken_commands(page: Path, text: str) -> list[str]:
     """Commands `python X.py --flag`, `torchrun .. X.py`, `python -m package.module` and `make target` of a page that cannot be run.
     A script lies where the page says, from the page's folder or from the repository's."""
-    found = []
+    found, text = [], re.sub(r"\s*\\\n\s*", " ", text)      # a backslash at a line's end goes on
     for command in re.findall(r"(?:^ {4}|`|^)((?:python3? |torchrun |make )[^`\n]*)", text, re.M):
         words = shlex.split(re.sub(r"\s#.*$", "", command), posix=True)
         script = next((word for word in words if word.endswith(".py")), "")
