@@ -970,7 +970,7 @@ def main(config: RLConfig) -> None:
     began, m = time.perf_counter(), config.mopd
     nvfp4.writable_folder(config.out)
     base = find_base(config)
-    engine = sampled if config.rollout_engine == "sampled" else importlib.import_module("08_infer").rollout_engine(draft=3)      # ours: 3
+    engine = sampled if config.rollout_engine == "sampled" else importlib.import_module("08_infer").rollout_engine(draft=3)      # ours: 2 or 3 won
     student = reinforce(config, base, engine)
     asked = {domain: questions_of(domain, m.held_out, config, config.seed, "held_out") for domain in domains_of(config)}
     scores, teachers = dict(SFT=score(base, asked, config), RLVR=score(student, asked, config)), {}

@@ -35,6 +35,7 @@ DEEP = dataclasses.replace(MICRO, pattern="MEM*E" * 8, d_model=256, latent=64, e
 def run(tmp_path_factory):
     """A run's folder with one checkpoint: every parameter random, so that answers are long babble with half characters."""
     home, g = tmp_path_factory.mktemp("run"), torch.Generator().manual_seed(3)
+    torch.manual_seed(3)
     model = nemotron.Nemotron(MICRO)
     with torch.no_grad():
         for name, t in model.state_dict().items():

@@ -96,6 +96,11 @@ def test_weights_in_fp32_multiply_before_the_rounding(small_tiles):
     x, z, weight = inputs(6, 40, dtype=torch.bfloat16)
     compare([x, z, randn(40, seed=3).requires_grad_()], None)
     compare([x, z, randn(40, seed=3).requires_grad_()], 2)
+    x, weight = randn(32, 64).bfloat16(), randn(64, seed=3)
+    normed = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    once, twice = (normed * weight).bfloat16(), (normed.bfloat16() * weight.double()).bfloat16()
+    y = kernel.rmsnorm(x, weight).bfloat16()
+    assert (y != once).float().mean() < 0.01 < 0.1 < (twice != once).float().mean()
 
 
 def test_one_hot_rows_by_hand(small_tiles):
