@@ -41,6 +41,7 @@ def run(tmp_path_factory):
         for name, t in model.state_dict().items():
             if t.dim() > 1 and "conv1d" not in name: t.copy_(torch.randn(t.shape, generator=g) * 1.5 / t.shape[-1] ** 0.5)
             else: t.add_(0.3 * (torch.rand(t.shape, generator=g) - 0.5))
+        model.lm_head.weight[list(infer.SamplingParams().stop_ids)] = 0      # never the likeliest: greedy babble does not end
     folder = home / "boosted" / "step-000003"
     nemotron.save_checkpoint(folder, model, Tokenizer.train(itertools.islice(corpus.worked_tasks(0), 400), 1024))
     (folder / "files.json").write_text(json.dumps({f.name: f.stat().st_size for f in folder.iterdir()}))
